@@ -1,0 +1,119 @@
+"""What a law gets to see of a call: canonical arguments, in which every tensor is an `Operand`. No torch in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from nanguard.algebra.term import Leaf, Shape, Term, Unrecognised
+
+__all__ = ["Call", "Operand"]
+
+
+@final
+@dataclass(frozen=True)
+class Operand:
+    """A tensor among the arguments.
+
+    Attributes:
+        leaf: the tensor as it is now.
+        log: its logarithm, where that is known.
+        trusted: whether a term may depend on it: a plain tensor that nothing edits unseen.
+        real: whether it is of a real floating dtype.
+    """
+
+    leaf: Leaf
+    log: Term | None = None
+    trusted: bool = True
+    real: bool = True
+
+
+@final
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation, in canonical form.
+
+    Attributes:
+        arguments: by canonical name. Tensors are `Operand`s; inside tuples, lists and slices they are `Leaf`s.
+        shape: shape of the result (of the one at `position`, where there are several).
+        position: which of several results is asked about.
+        shapes: the shapes of all results.
+        same_dtype: whether the result has the dtype of its first operand.
+
+    Front ends ask laws only about results of a real floating dtype on the device of the operands.
+    """
+
+    arguments: Mapping[str, Any]
+    shape: Shape = ()
+    position: int = 0
+    shapes: tuple[Shape, ...] = ()
+    same_dtype: bool = True
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def log(self, name: str = "input") -> Term:
+        """The logarithm of an operand. Raises `Unrecognised` where it is not known."""
+        value = self.arguments[name]
+        if isinstance(value, Operand) and value.log is not None:
+            return value.log
+        raise Unrecognised
+
+    def leaf(self, name: str = "input") -> Leaf:
+        """An operand itself. Raises `Unrecognised` for anything that may change unseen."""
+        value = self.arguments[name]
+        if isinstance(value, Operand) and value.trusted and value.real:
+            return value.leaf
+        raise Unrecognised
+
+    def index(self, name: str) -> Leaf:
+        """A tensor of indices or a mask. Raises `Unrecognised` for anything else."""
+        value = self.arguments[name]
+        if isinstance(value, Operand) and value.trusted:
+            return Leaf(value.leaf.value, value.leaf.shape, value.leaf.version, False)
+        raise Unrecognised
+
+    def known(self, name: str) -> bool:
+        """Whether the logarithm of that argument is known."""
+        value = self.arguments[name]
+        return isinstance(value, Operand) and value.log is not None
+
+    def number(self, name: str) -> float:
+        """A finite Python number. Raises `Unrecognised` for tensors, bools and whatever else."""
+        value = self.arguments[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise Unrecognised
+        return float(value)
+
+    def positive(self, name: str) -> float:
+        """A finite Python number above zero. Raises `Unrecognised` otherwise."""
+        value = self.number(name)
+        if value <= 0:
+            raise Unrecognised
+        return value
+
+    def dim(self, shape: Shape, name: str = "dim") -> int:
+        """One dimension of `shape`, counted from the front. Raises `Unrecognised` for `None`, names and what is out of range."""
+        return normal_dim(self.arguments[name], len(shape))
+
+    def dims(self, shape: Shape, name: str = "dim") -> tuple[int, ...]:
+        """Dimensions to reduce, counted from the front and sorted; all of them for `None` and ``()``."""
+        value = self.arguments[name]
+        if value is None or value == () or value == []:
+            return tuple(range(len(shape)))
+        entries = value if isinstance(value, (tuple, list)) else (value,)
+        return tuple(sorted({normal_dim(entry, len(shape)) for entry in entries}))
+
+    def absent(self, *names: str) -> None:
+        """Raise `Unrecognised` unless these arguments were left out."""
+        if any(self.arguments[name] is not None for name in names):
+            raise Unrecognised
+
+
+def normal_dim(dim: Any, rank: int) -> int:
+    """`dim` counted from the front."""
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -rank <= dim < rank:
+        raise Unrecognised
+    return dim % rank

@@ -1,0 +1,233 @@
+"""Operations that only move, pick, repeat or convert elements: the logarithm, being elementwise, commutes with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nanguard.algebra import build
+from nanguard.algebra.call import Call, Operand, normal_dim
+from nanguard.algebra.registry import law
+from nanguard.algebra.term import Operator, Shape, Term, Unrecognised
+
+PERMUTE = Operator("permute", "torch.permute", "{0}.permute({dims})", fresh=False)
+NARROW = Operator("narrow", "torch.narrow", "{0}.narrow({dim}, {start}, {length})", fresh=False)
+SELECT = Operator("select", "torch.select", "{0}.select({dim}, {index})", fresh=False)
+INDEX = Operator("index", "nanguard.stabilizer.functional.index", "{0}[{key}]", fresh=False)
+GATHER = Operator("gather", "torch.gather", "{0}.gather({dim}, {index})")
+TAKE_ALONG_DIM = Operator("take_along_dim", "torch.take_along_dim", "torch.take_along_dim({0}, {indices}, {dim})")
+INDEX_SELECT = Operator("index_select", "torch.index_select", "{0}.index_select({dim}, {index})")
+MASKED_SELECT = Operator("masked_select", "torch.masked_select", "{0}[{mask}]")
+DIAGONAL = Operator("diagonal", "torch.diagonal", "{0}.diagonal({offset}, {dim1}, {dim2})", fresh=False)
+
+
+# same elements, same order
+@law(
+    """
+    torch.reshape(input, shape)
+    torch.flatten(input, start_dim=0, end_dim=-1)
+    torch.ravel(input)
+    torch.squeeze(input, dim=None)
+    torch.unsqueeze(input, dim)
+    torch.unflatten(input, dim, sizes)
+    torch.Tensor.reshape(input, *shape)
+    torch.Tensor.reshape_as(input, other)
+    torch.Tensor.view(input, *size)
+    torch.Tensor.view_as(input, other)
+    torch.Tensor.flatten(input, start_dim=0, end_dim=-1)
+    torch.Tensor.ravel(input)
+    torch.Tensor.squeeze(input, dim=None)
+    torch.Tensor.unsqueeze(input, dim)
+    torch.Tensor.unflatten(input, dim, sizes)
+    """
+)
+def reshape(call: Call) -> Term:
+    if not call.same_dtype:  # view(dtype) reads the bits anew
+        raise Unrecognised
+    return build.reshape(call.log(), call.shape)
+
+
+# same elements, dims in another order
+@law("torch.permute(input, dims)\n torch.Tensor.permute(input, *dims)")
+def permute(call: Call) -> Term:
+    log, dims = call.log(), call["dims"]
+    if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
+        dims = dims[0]
+    return _permuted(log, tuple(normal_dim(dim, len(log.shape)) for dim in dims))
+
+
+@law(
+    """
+    torch.transpose(input, dim0, dim1)
+    torch.swapaxes(input, dim0, dim1)
+    torch.swapdims(input, dim0, dim1)
+    torch.Tensor.transpose(input, dim0, dim1)
+    torch.Tensor.swapaxes(input, dim0, dim1)
+    torch.Tensor.swapdims(input, dim0, dim1)
+    """
+)
+def transpose(call: Call) -> Term:
+    log = call.log()
+    return _swapped(log, call.dim(log.shape, "dim0"), call.dim(log.shape, "dim1"))
+
+
+@law("torch.t(input)\n torch.Tensor.t(input)\n torch.Tensor.T.__get__(input)")
+def t(call: Call) -> Term:
+    log = call.log()
+    return _permuted(log, tuple(reversed(range(len(log.shape)))))
+
+
+@law("torch.Tensor.mT.__get__(input)\n ?torch.Tensor.adjoint(input)\n torch.Tensor.mH.__get__(input)")
+def matrix_transpose(call: Call) -> Term:
+    rank = len(call.log().shape)
+    return _swapped(call.log(), rank - 2, rank - 1)
+
+
+def _swapped(log: Term, first: int, second: int) -> Term:
+    order = list(range(len(log.shape)))
+    order[first], order[second] = order[second], order[first]
+    return _permuted(log, tuple(order))
+
+
+def _permuted(log: Term, dims: tuple[int, ...]) -> Term:
+    if dims == tuple(range(len(log.shape))):
+        return log
+    return build.rearrange(PERMUTE, (log,), tuple(log.shape[dim] for dim in dims), dims=dims)
+
+
+# some of the elements
+@law("torch.Tensor.__getitem__(input, key)")
+def index(call: Call) -> Term:
+    log, key = call.log(), call["key"]
+    if isinstance(key, Operand):
+        key = key.leaf
+    return build.reshape(log, call.shape) if _only_new_dims(key) else _indexed(log, call.shape, key)
+
+
+def _only_new_dims(key: Any) -> bool:
+    entries = key if isinstance(key, tuple) else (key,)
+    return all(
+        entry is None or entry is Ellipsis or (isinstance(entry, slice) and entry == slice(None)) for entry in entries
+    )
+
+
+def _indexed(log: Term, shape: Shape, key: Any) -> Term:
+    return build.rearrange(INDEX, (log,), shape, key=key)
+
+
+@law(
+    """
+    torch.gather(input, dim, index, *, sparse_grad=False)
+    torch.Tensor.gather(input, dim, index, *, sparse_grad=False)
+    """
+)
+def gather(call: Call) -> Term:
+    log = call.log()
+    return build.rearrange(GATHER, (log,), call.shape, dim=call.dim(log.shape), index=call.index("index"))
+
+
+@law(
+    """
+    torch.take_along_dim(input, indices, dim)
+    torch.Tensor.take_along_dim(input, indices, dim)
+    """
+)
+def take_along_dim(call: Call) -> Term:
+    log = call.log()
+    params = {"indices": call.index("indices"), "dim": call.dim(log.shape)}
+    return build.rearrange(TAKE_ALONG_DIM, (log,), call.shape, **params)
+
+
+@law("torch.index_select(input, dim, index)\n torch.Tensor.index_select(input, dim, index)")
+def index_select(call: Call) -> Term:
+    log = call.log()
+    return build.rearrange(INDEX_SELECT, (log,), call.shape, dim=call.dim(log.shape), index=call.index("index"))
+
+
+@law("torch.masked_select(input, mask)\n torch.Tensor.masked_select(input, mask)")
+def masked_select(call: Call) -> Term:
+    return build.rearrange(MASKED_SELECT, (call.log(),), call.shape, mask=call.index("mask"))
+
+
+@law("torch.select(input, dim, index)\n torch.Tensor.select(input, dim, index)")
+def select(call: Call) -> Term:
+    log = call.log()
+    dim, place = call.dim(log.shape), call["index"]
+    if isinstance(place, bool) or not isinstance(place, int):
+        raise Unrecognised
+    return build.rearrange(SELECT, (log,), call.shape, dim=dim, index=place)
+
+
+@law("torch.narrow(input, dim, start, length)\n torch.Tensor.narrow(input, dim, start, length)")
+def narrow(call: Call) -> Term:
+    log = call.log()
+    dim, start = call.dim(log.shape), call["start"]
+    if isinstance(start, bool) or not isinstance(start, int):
+        raise Unrecognised
+    return build.rearrange(NARROW, (log,), call.shape, dim=dim, start=start, length=call.shape[dim])
+
+
+# the parts of a split lie one after the other
+@law(
+    """
+    torch.chunk(input, chunks, dim=0)
+    torch.split(input, split_size_or_sections, dim=0)
+    torch.Tensor.chunk(input, chunks, dim=0)
+    torch.Tensor.split(input, split_size, dim=0)
+    """
+)
+def split(call: Call) -> Term:
+    log = call.log()
+    dim = call.dim(log.shape)
+    start = sum(shape[dim] for shape in call.shapes[: call.position])
+    return build.rearrange(NARROW, (log,), call.shape, dim=dim, start=start, length=call.shape[dim])
+
+
+@law("torch.unbind(input, dim=0)\n torch.Tensor.unbind(input, dim=0)")
+def unbind(call: Call) -> Term:
+    log = call.log()
+    return build.rearrange(SELECT, (log,), call.shape, dim=call.dim(log.shape), index=call.position)
+
+
+@law(
+    """
+    torch.diagonal(input, offset=0, dim1=0, dim2=1)
+    torch.Tensor.diagonal(input, offset=0, dim1=0, dim2=1)
+    """
+)
+def diagonal(call: Call) -> Term:
+    log = call.log()
+    first, second = call.dim(log.shape, "dim1"), call.dim(log.shape, "dim2")
+    return build.rearrange(DIAGONAL, (log,), call.shape, offset=int(call.number("offset")), dim1=first, dim2=second)
+
+
+# every element several times
+@law(
+    """
+    torch.broadcast_to(input, size)
+    torch.Tensor.broadcast_to(input, size)
+    torch.Tensor.expand(input, *size)
+    torch.Tensor.expand_as(input, other)
+    """
+)
+def expand(call: Call) -> Term:
+    return build.expand(call.log(), call.shape)
+
+
+# the same elements, in memory of their own, on the same device, in another floating dtype, or without derivatives
+@law(
+    """
+    torch.clone(input, *, memory_format=None)
+    torch.detach(input)
+    torch.Tensor.clone(input, *, memory_format=None)
+    torch.Tensor.detach(input)
+    torch.Tensor.contiguous(input, memory_format=None)
+    torch.Tensor.to(input, *target, dtype=None, device=None, non_blocking=False, copy=False, memory_format=None)
+    torch.Tensor.type_as(input, other)
+    torch.Tensor.float(input, memory_format=None)
+    torch.Tensor.double(input, memory_format=None)
+    torch.Tensor.half(input, memory_format=None)
+    torch.Tensor.bfloat16(input, memory_format=None)
+    """
+)
+def cast(call: Call) -> Term:
+    return call.log()

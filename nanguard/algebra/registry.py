@@ -1,0 +1,151 @@
+"""Where laws, queries and rules are declared and found. No torch in here.
+
+A *law* says what is known about the logarithm of a result; a *query* is an operation that asks for a logarithm; a *rule* names
+and documents a pattern that is replaced. All three are declared in a file of their family, one short function each.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, final
+
+from nanguard.algebra.call import Call
+from nanguard.algebra.spelling import Spelling, spellings
+from nanguard.algebra.term import Leaf, Term
+
+__all__ = ["Law", "Names", "Rule", "laws", "lookup", "match", "rules"]
+
+Kind = Literal["logarithm", "quotient"]
+
+
+class Names(Protocol):
+    """What the text of a replacement needs to know about the user's code."""
+
+    def of(self, leaf: Leaf, default: str) -> str:
+        """The name by which the user's code knows a tensor."""
+
+    def counts_up(self, index: object, length: int) -> bool:
+        """Whether an index is 0, 1, ..., length - 1."""
+
+
+@final
+@dataclass(frozen=True)
+class Law:
+    """What an operation means for logarithms.
+
+    Attributes:
+        name: canonical name of the operation.
+        spellings: where it is found.
+        derive: the term of the result's logarithm (for a query: of the result itself).
+        role: ``source`` creates knowledge from any tensor, ``step`` carries it on, ``query`` asks for it.
+        quotient: whether the result itself may overflow although it is known, and is then replaced too.
+    """
+
+    name: str
+    spellings: tuple[Spelling, ...]
+    derive: Callable[[Call], Term]
+    role: Literal["source", "step", "query"]
+    quotient: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Rule:
+    """A pattern that is replaced by its stable form.
+
+    Attributes:
+        code: such as ``NG101``. NG1xx are logarithms, NG2xx quotients.
+        name: the field's term for it.
+        documentation: under the headings What it does, Why is this bad, Example, Use instead, Fix safety, References.
+        kind: what is replaced.
+        matches: whether a term is an instance of it.
+        suggest: the expression to write instead, where that is more than the term written out.
+    """
+
+    code: str
+    name: str
+    documentation: str
+    kind: Kind
+    matches: Callable[[Term], bool]
+    suggest: Callable[[Term, Names], str | None]
+
+
+_LAWS: dict[str, Law] = {}
+_RULES: dict[str, Rule] = {}
+
+
+def law(
+    spelled: str, *, source: bool = False, query: bool = False, quotient: bool = False
+) -> Callable[[Callable[[Call], Term]], Law]:
+    """Declare a law (or a query) under the name of the function, with one spelling per line of `spelled`."""
+
+    def declare(derive: Callable[[Call], Term]) -> Law:
+        name = derive.__name__.strip("_")
+        if name in _LAWS:
+            raise ValueError(f"law {name!r} is declared twice")
+        role: Literal["source", "step", "query"] = "query" if query else "source" if source else "step"
+        _LAWS[name] = Law(name, spellings(spelled), derive, role, quotient)
+        return _LAWS[name]
+
+    return declare
+
+
+def rule(
+    code: str,
+    name: str,
+    kind: Kind = "logarithm",
+    suggest: Callable[[Term, Names], str | None] = lambda term, names: None,
+) -> Callable[[Callable[[Term], bool]], Rule]:
+    """Declare a rule; the function says whether a term is an instance, its docstring is the documentation."""
+
+    def declare(matches: Callable[[Term], bool]) -> Rule:
+        if code in _RULES or any(known.name == name for known in _RULES.values()):
+            raise ValueError(f"rule {code} ({name}) is declared twice")
+        text = matches.__doc__ or ""
+        _RULES[code] = Rule(code, name, _dedent(text), kind, matches, suggest)
+        return _RULES[code]
+
+    return declare
+
+
+def laws() -> Iterator[Law]:
+    """All laws and queries of all families."""
+    _load()
+    return iter(_LAWS.values())
+
+
+def rules() -> Iterator[Rule]:
+    """All rules, in order of their codes."""
+    _load()
+    return iter(sorted(_RULES.values(), key=lambda known: known.code))
+
+
+def lookup(code: str) -> Rule:
+    """The rule with that code, in either case. Raises `KeyError` whose message lists the codes there are."""
+    _load()
+    found = _RULES.get(code.upper())
+    if found is None:
+        raise KeyError(f"no rule {code!r}; there are {', '.join(sorted(_RULES))}")
+    return found
+
+
+def match(term: Term, kind: Kind) -> Rule | None:
+    """The rule that a term is an instance of. At most one is (a test holds the rules to that)."""
+    return next((known for known in rules() if known.kind == kind and known.matches(term)), None)
+
+
+@functools.cache
+def _load() -> None:
+    families = importlib.import_module("nanguard.algebra.families")
+    for module in pkgutil.iter_modules(families.__path__):
+        importlib.import_module(f"{families.__name__}.{module.name}")
+
+
+def _dedent(text: str) -> str:
+    first, _, rest = text.partition("\n")
+    lines = [line[4:] if line.startswith("    ") else line for line in rest.splitlines()]
+    return "\n".join([first.strip(), *lines]).strip() + "\n"

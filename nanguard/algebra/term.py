@@ -1,0 +1,141 @@
+"""Terms: small symbolic expressions for the logarithm of a tensor. Leaves are opaque; no torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+__all__ = ["Apply", "Leaf", "Operator", "Shape", "Term", "Unrecognised", "leaves", "map_leaves", "subterms", "untracked"]
+
+Shape: TypeAlias = "tuple[int, ...]"
+
+
+class Unrecognised(Exception):  # noqa: N818 - not an error: it says "nothing is known", and never leaves the algebra
+    """What a law raises where it does not apply: nothing is known about the result."""
+
+
+@final
+@dataclass(frozen=True)
+class Operator:
+    """One operation that a term may consist of.
+
+    Attributes:
+        name: the field's name for it.
+        function: dotted name of the function that computes it from its arguments and, by keyword, its parameters.
+        source: how to write it: ``{0}`` is the first argument, ``{dim}`` a parameter.
+        fresh: whether its result is memory of its own that no derivative has saved.
+        infix: whether `source` needs parentheses inside another expression.
+    """
+
+    name: str
+    function: str
+    source: str
+    fresh: bool = True
+    infix: bool = False
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A tensor as it was when it was recorded.
+
+    Attributes:
+        value: the tensor; the algebra never looks into it.
+        shape: its shape.
+        version: its version counter at that time, so that later edits show.
+        tracked: whether derivatives flow into it from here.
+    """
+
+    value: Any
+    shape: Shape
+    version: int = 0
+    tracked: bool = True
+
+    size = 1
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Leaf):
+            return NotImplemented
+        return self.value is other.value and self.version == other.version and self.tracked == other.tracked
+
+    def __hash__(self) -> int:
+        return hash((id(self.value), self.version, self.tracked))
+
+
+@final
+class Apply:
+    """An operator applied to terms.
+
+    Attributes:
+        operator: which one.
+        args: the terms it is applied to.
+        params: its parameters by name: numbers, dims, index keys (in which tensors are leaves).
+        shape: the shape of the result.
+        size: number of nodes, counted as a tree.
+    """
+
+    __slots__ = ("args", "operator", "params", "shape", "size")
+
+    def __init__(self, operator: Operator, args: tuple[Term, ...], shape: Shape, **params: Any) -> None:
+        self.operator = operator
+        self.args = args
+        self.shape = shape
+        self.params = params
+        self.size: int = 1 + sum(arg.size for arg in args)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Apply):
+            return NotImplemented
+        mine = (self.operator, self.shape, self.size, self.args, self.params)
+        return mine == (other.operator, other.shape, other.size, other.args, other.params)
+
+    __hash__ = None  # type: ignore[assignment] # index keys hold slices, which have no hash before Python 3.12
+
+    def __repr__(self) -> str:
+        parts = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in self.params.items())]
+        return f"{self.operator.name}({', '.join(parts)})"
+
+
+Term: TypeAlias = "Leaf | Apply"
+
+
+def subterms(term: Term) -> Iterator[Term]:
+    """The term itself and all that it is made of, leaves of its parameters (index tensors) included."""
+    yield term
+    if isinstance(term, Apply):
+        for arg in term.args:
+            yield from subterms(arg)
+        yield from _parameter_leaves(list(term.params.values()))
+
+
+def leaves(term: Term) -> Iterator[Leaf]:
+    """All tensors that the value of the term depends on, index tensors included."""
+    return (part for part in subterms(term) if isinstance(part, Leaf))
+
+
+def map_leaves(change: Callable[[Leaf], Leaf], term: Term) -> Term:
+    """The same term with other leaves. Parameters (index tensors carry no derivative) stay."""
+    if isinstance(term, Leaf):
+        return change(term)
+    args = tuple(map_leaves(change, arg) for arg in term.args)
+    if all(new is old for new, old in zip(args, term.args, strict=True)):
+        return term
+    return Apply(term.operator, args, term.shape, **term.params)
+
+
+def untracked(term: Term) -> Term:
+    """The same value without derivatives: detaching commutes with everything, so it happens at the leaves."""
+    return map_leaves(lambda leaf: Leaf(leaf.value, leaf.shape, leaf.version, False) if leaf.tracked else leaf, term)
+
+
+def _parameter_leaves(value: Any) -> Iterator[Leaf]:
+    if isinstance(value, Leaf):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _parameter_leaves(entry)
+    elif isinstance(value, slice):
+        yield from _parameter_leaves((value.start, value.stop, value.step))

@@ -1,0 +1,156 @@
+"""A capture that was read back. Free of torch until its tensors are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, final
+
+from nanguard.capture.manifest import BATCH, MANIFEST, MODULE, OPTIMIZER, RNG, read_manifest
+from nanguard.errors import CaptureError
+from nanguard.incident import Incident
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanguard.rng import RngState
+
+__all__ = ["Capture", "load_capture"]
+
+
+def load_capture(path: str | Path) -> Capture:
+    """Opens the capture in the directory `path`; tensors are read when they are asked for.
+
+    Raises:
+        CaptureError: where there is no capture, or it is damaged, incomplete or of another format version.
+    """
+    return Capture(Path(path), MappingProxyType(read_manifest(path)))
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Capture:
+    """One failed step on disk. Immutable.
+
+    Attributes:
+        path: its directory.
+        manifest: the whole manifest, as JSON values.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        incident = self.incident
+        return f"<Capture {self.path}: step {self.step}, epoch {self.epoch}, batch {self.batch_idx}, {incident.trigger}>"
+
+    @cached_property
+    def incident(self) -> Incident:
+        """What happened, with `capture` set to where the capture lies now."""
+        return dataclasses.replace(Incident.from_dict(self.manifest["incident"]), capture=str(self.path))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that had been taken when the batch began."""
+        return int(self.manifest["step"]["step"])
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the batch."""
+        return int(self.manifest["step"]["epoch"])
+
+    @property
+    def batch_idx(self) -> int:
+        """The position of the batch in its epoch."""
+        return int(self.manifest["step"]["batch_idx"])
+
+    @property
+    def rank(self) -> int:
+        """The process that wrote the capture."""
+        return int(self.manifest["step"]["rank"])
+
+    @property
+    def loss(self) -> float | None:
+        """The loss that the step computed then, or `None` where it was not known."""
+        loss = self.manifest["step"].get("loss")
+        try:
+            return None if loss is None else float(loss)
+        except (TypeError, ValueError):
+            raise CaptureError(f"{self.path / MANIFEST}: entry 'step.loss': found {loss!r}; expected a number") from None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of Python, torch and the libraries that wrote the capture."""
+        return {str(name): str(version) for name, version in self.manifest["versions"].items()}
+
+    @property
+    def missing(self) -> tuple[dict[str, Any], ...]:
+        """What of the batch could not be stored: dictionaries with ``path``, ``type``, ``reason`` and ``optional``."""
+        entries = self.manifest["missing"]
+        if not all(isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in entries):
+            raise CaptureError(f"{self.path / MANIFEST}: entry 'missing' is damaged; copy the capture again")
+        return tuple(dict(entry) for entry in entries)
+
+    @cached_property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments of the step, the batch first; tensors on the CPU. What could not be stored raises when used.
+
+        Raises:
+            CaptureError: where an entry is damaged, or a class in the batch is not imported.
+        """
+        return self.arguments()[0]
+
+    @cached_property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of the step."""
+        return self.arguments()[1]
+
+    @property
+    def batch(self) -> Any:
+        """The batch: the first argument of the step."""
+        if self.args:
+            return self.args[0]
+        return self.kwargs.get("batch")
+
+    @cached_property
+    def rng(self) -> RngState:
+        """The generators of random numbers just before the step."""
+        from nanguard.capture.sections import read_rng
+
+        return read_rng(self.path / RNG, self.manifest["rng"])
+
+    @cached_property
+    def module_state(self) -> dict[str, Tensor] | None:
+        """Parameters and buffers by name, like `state_dict`, or `None` where the capture holds no weights."""
+        state = self.state()
+        if state is None:
+            return None
+        transient = set(self.manifest["module"].get("transient", ()))
+        return {name: tensor for name, tensor in state.items() if name not in transient}
+
+    @cached_property
+    def optimizer_state(self) -> list[dict[str, Any]] | None:
+        """What `state_dict` of each optimizer was, or `None` where the capture does not hold it."""
+        held = self.manifest.get("optimizers")
+        return self.optimizers() if isinstance(held, dict) and held.get("whole") else None
+
+    def arguments(self, fill: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A fresh copy of the arguments of the step, which the step may edit, with `fill` (path -> value) in its place."""
+        from nanguard.capture.sections import read_arguments
+
+        return read_arguments(self.path / BATCH, self.manifest["args"], self.manifest["kwargs"], fill or {}, self.missing)
+
+    def state(self) -> dict[str, Tensor] | None:
+        """All parameters and buffers by name, also those that `state_dict` leaves out, or `None`."""
+        from nanguard.capture.sections import read_state
+
+        return read_state(self.path / MODULE, self.manifest["module"])
+
+    def optimizers(self) -> list[dict[str, Any]] | None:
+        """Per optimizer its `state_dict`; without the state where the capture holds hyperparameters only."""
+        from nanguard.capture.sections import read_optimizers
+
+        return read_optimizers(self.path / OPTIMIZER, self.manifest.get("optimizers"))

@@ -1,0 +1,124 @@
+"""The parts of a capture that hold tensors, read back one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanguard.capture.decode import TreeDecoder, Unstored
+from nanguard.errors import CaptureError
+from nanguard.rng import RngState
+
+__all__ = ["decoded", "read_arguments", "read_extra", "read_optimizers", "read_rng", "read_state"]
+
+
+@final
+class _TensorFile(Mapping[str, Tensor]):
+    """The tensors of one safetensors file by name, each read when it is asked for."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._open: Any = None
+
+    def _handle(self) -> Any:
+        if self._open is None:
+            try:
+                self._open = safe_open(self._file, framework="pt", device="cpu")
+            except FileNotFoundError:
+                raise CaptureError(f"{self._file}: is missing; the capture is incomplete, copy it again") from None
+            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+                raise CaptureError(f"{self._file}: cannot be read as safetensors: {error}; copy the capture again") from None
+        return self._open
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise KeyError(name)
+        tensor: Tensor = self._handle().get_tensor(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._handle().keys()  # noqa: SIM118: the handle is no mapping
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._handle().keys())
+
+    def __len__(self) -> int:
+        return len(self._handle().keys())
+
+
+def decoded(file: Path, entries: Any, what: str, decoder: TreeDecoder | None = None) -> dict[str, Any]:
+    """Name -> value from a list of ``[name, node]``; scalars only where there is no decoder.
+
+    Raises:
+        CaptureError: where an entry is damaged.
+    """
+    decoder = decoder or TreeDecoder(file, {})
+    if not isinstance(entries, list) or not all(isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in entries):
+        raise CaptureError(f"{file}: entry {what!r}: expected a list of names and values; the file is damaged")
+    return {name: decoder.decode(node, name) for name, node in entries}
+
+
+def read_arguments(
+    file: Path, args: Any, kwargs: Any, fill: Mapping[str, Any], missing: tuple[dict[str, Any], ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the step; raises `CaptureError` for a damaged entry and for a `fill` that names nothing."""
+    decoder = TreeDecoder(file, _TensorFile(file), fill)
+    items = args.get("items")
+    if not isinstance(items, list):
+        raise CaptureError(f"{file}: entry 'args' is damaged; copy the capture again")
+    positional = tuple(decoder.decode(node, "batch" if index == 0 else f"args[{index}]") for index, node in enumerate(items))
+    named = decoded(file, kwargs.get("items"), "kwargs", decoder)
+    unused = sorted(set(fill) - decoder.filled)
+    if unused:
+        known = ", ".join(repr(entry["path"]) for entry in missing) or "nothing: the capture is whole"
+        raise CaptureError(f"{file}: fill names {unused[0]!r}, which is no entry of the batch; missing there: {known}")
+    return positional, named
+
+
+def read_rng(file: Path, node: Any) -> RngState:
+    """The saved generators."""
+    tree = TreeDecoder(file, _TensorFile(file)).decode(node, "rng")
+    try:
+        python = tree["python"]
+        words = tuple(python["words"].tolist())
+        state = RngState((python["version"], words, python["gaussian"]), tree["numpy"], tree["torch"], tree["cuda"])
+        if not isinstance(state.torch, Tensor) or not isinstance(state.cuda, dict):
+            raise TypeError("torch's state is no tensor")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CaptureError(f"{file}: entry 'rng' is damaged ({error}); copy the capture again") from None
+    return state
+
+
+def read_state(file: Path, module: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """Parameters and buffers by name, or `None` where none are held."""
+    if module.get("state") is None:
+        return None
+    state = decoded(file, module["state"], "module.state", TreeDecoder(file, _TensorFile(file)))
+    for name, tensor in state.items():
+        if isinstance(tensor, Unstored):
+            raise CaptureError(
+                f"{file}: {name} was not stored: {tensor.reason}; replay with weights='current' and load the weights yourself"
+            )
+        if not isinstance(tensor, torch.Tensor):
+            raise CaptureError(f"{file}: {name}: found {type(tensor).__name__}; expected a tensor; the file is damaged")
+    return state
+
+
+def read_extra(file: Path, module: Mapping[str, Any]) -> dict[str, Any]:
+    """What `get_extra_state` of the submodules returned, by the name of the submodule."""
+    return decoded(file, module.get("extra", []), "module.extra", TreeDecoder(file, _TensorFile(file)))
+
+
+def read_optimizers(file: Path, entry: Any) -> list[dict[str, Any]] | None:
+    """The states of the optimizers, or `None` where none are held."""
+    if entry is None:
+        return None
+    states = TreeDecoder(file, _TensorFile(file)).decode(entry.get("states") if isinstance(entry, dict) else entry, "optimizers")
+    if not isinstance(states, list) or not all(isinstance(state, dict) and "param_groups" in state for state in states):
+        raise CaptureError(f"{file}: entry 'optimizers' is damaged; copy the capture again")
+    return states

@@ -1,0 +1,100 @@
+"""The autopsy of a failed step: the operation, the cause and the samples, from second runs that leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from nanguard.diagnosis.cause import advice, cause_of
+from nanguard.diagnosis.leaves import leaf_path, named_leaves
+from nanguard.diagnosis.rerun import MicroBatch, Outcome, Rerun
+from nanguard.diagnosis.samples import batch_size, failing_samples, take
+from nanguard.diagnosis.trace import Trace, describe_tensor
+from nanguard.incident import Cause, Origin, Verdict
+from nanguard.sentinel import nonfinite_names
+
+__all__ = ["Diagnosis", "MicroBatch", "Outcome", "Rerun", "diagnose", "suspects"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the autopsy found; the fields are those of an `Incident`."""
+
+    origin: Origin | None = None
+    cause: Cause = "unknown"
+    samples: tuple[int, ...] | None = None
+    verdict: Verdict = "not_replayed"
+    advice: str = ""
+
+
+def diagnose(micro: MicroBatch, rerun: Rerun, *, healthy: MicroBatch | None = None, samples: bool = True) -> Diagnosis:
+    """Runs a failed step again, recorded, and says which operation did it, why, and for which samples.
+
+    Args:
+        micro: the call of the training step that failed.
+        rerun: how to run it again.
+        healthy: an earlier call that was well; where it fails now, the weights are the cause and no sample is.
+        samples: whether to search for the smallest failing sub-batch.
+    """
+    trace = Trace(rerun.module)
+    trace.suspect([*_tensors(micro.args), *rerun.module.parameters(), *rerun.module.buffers()])
+    outcome = rerun(micro, trace=trace)
+    if outcome.error is not None:
+        return suspects(rerun.module, micro.args)
+    if not outcome.bad:
+        return Diagnosis(cause="transient", verdict="transient", advice=advice("transient", None))
+    found = _origin(trace, outcome, rerun.module, micro.args)
+    if samples and found.cause != "parameters":
+        found = replace(found, samples=_samples(micro, rerun, outcome, healthy))
+    return replace(found, verdict="reproduced")
+
+
+def suspects(module: nn.Module, args: Sequence[Any]) -> Diagnosis:
+    """What can be said without a second run: parameters, buffers and inputs that are non-finite themselves."""
+    weights = nonfinite_names([*module.named_parameters(), *module.named_buffers()])
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if weights:
+        return _outside(Origin(), "parameters", weights[0], named[weights[0]])
+    leaves = dict(named_leaves(args))
+    if inputs := nonfinite_names(leaves.items()):
+        return _outside(Origin(), "bad_input", inputs[0], leaves[inputs[0]])
+    return Diagnosis()
+
+
+def _origin(trace: Trace, outcome: Outcome, module: nn.Module, args: Sequence[Any]) -> Diagnosis:
+    finding = trace.blame(outcome.bad)
+    if finding is None:
+        return suspects(module, args)
+    if finding.external is not None:
+        name = leaf_path(finding.external, args, module)
+        if name is not None:
+            cause: Cause = "bad_input" if name.startswith("batch") else "parameters"
+            return _outside(finding.origin, cause, name, finding.external)
+    cause = cause_of(finding)
+    return Diagnosis(finding.origin, cause, advice=advice(cause, finding.origin))
+
+
+def _outside(origin: Origin, cause: Cause, name: str, tensor: Tensor) -> Diagnosis:
+    origin = replace(origin, tensor=name, operands=(describe_tensor(name, tensor),))
+    return Diagnosis(origin, cause, advice=advice(cause, origin))
+
+
+def _samples(micro: MicroBatch, rerun: Rerun, outcome: Outcome, healthy: MicroBatch | None) -> tuple[int, ...] | None:
+    if healthy is not None and rerun(micro, healthy.args).fails:
+        return None
+    size = batch_size(micro.args[0]) if micro.args else None
+    if size is None:
+        return None
+
+    def fails(positions: Sequence[int]) -> bool | None:
+        again = rerun(micro, (take(micro.args[0], positions), *micro.args[1:]))
+        return again.fails and again.loss_finite == outcome.loss_finite if again.fails is not None else None
+
+    return failing_samples(size, fails)
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    return [tensor for _, tensor in named_leaves(args)]

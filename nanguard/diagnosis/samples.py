@@ -1,0 +1,120 @@
+"""Which samples of a batch do it: delta debugging over sub-batches, and the sub-batches themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["batch_size", "failing_samples", "take"]
+
+Fails = Callable[[Sequence[int]], "bool | None"]
+
+
+def batch_size(batch: Any) -> int | None:
+    """The length of the leading dimension that the tensors of a batch share, or `None` where they share none."""
+    leaves, _ = tree_flatten(batch)
+    sizes = Counter(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0)
+    if not sizes:
+        return None
+    (size, votes), *others = sizes.most_common()
+    return None if others and others[0][1] == votes else size
+
+
+def take(batch: Any, positions: Sequence[int]) -> Any:
+    """The sub-batch of those samples: every tensor with the leading batch dimension is indexed, everything else is
+    kept.
+    """
+    size = batch_size(batch)
+    leaves, spec = tree_flatten(batch)
+    picked = [_rows(leaf, positions, size) for leaf in leaves]
+    return tree_unflatten(picked, spec)
+
+
+def _rows(leaf: Any, positions: Sequence[int], size: int | None) -> Any:
+    if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size:
+        return leaf.index_select(0, torch.tensor(positions, device=leaf.device, dtype=torch.long))
+    return leaf
+
+
+def failing_samples(size: int, fails: Fails, *, most_runs: int = 40) -> tuple[int, ...] | None:
+    """All smallest sets of samples that still fail, together (Zeller and Hildebrandt, 2002, ddmin).
+
+    Args:
+        size: number of samples in the batch, which as a whole is known to fail.
+        fails: whether a sub-batch fails; `None` where it cannot be run, as BatchNorm cannot on one sample.
+        most_runs: runs after which what is known so far is returned.
+
+    Returns:
+        Positions in ascending order, or `None` where the search ran out of runs before it found one.
+    """
+    search = _Search(fails, most_runs)
+    found: list[int] = []
+    rest = list(range(size))
+    try:
+        while rest and (found == [] or search.fails(rest)):
+            culprits = search.shrink(rest)
+            found += culprits
+            rest = [position for position in rest if position not in culprits]
+    except _OutOfRuns:
+        pass
+    return tuple(sorted(found)) or None
+
+
+class _OutOfRuns(Exception):
+    """The search has used up its runs."""
+
+
+class _Search:
+    def __init__(self, fails: Fails, most_runs: int) -> None:
+        self._test = fails
+        self._left = most_runs
+        self._healthy: list[int] = []
+        self._known: dict[tuple[int, ...], bool] = {}
+
+    def fails(self, positions: Sequence[int]) -> bool:
+        key = tuple(positions)
+        if key not in self._known:
+            self._known[key] = self._run(key)
+            if not self._known[key] and len(key) > len(self._healthy):
+                self._healthy = list(key)
+        return self._known[key]
+
+    def _run(self, positions: tuple[int, ...]) -> bool:
+        for padding in (0, 1, 3):
+            # A batch too small to run is filled up with samples that are known to be healthy.
+            extra = [position for position in self._healthy if position not in positions][:padding]
+            if len(extra) < padding:
+                break
+            if self._left <= 0:
+                raise _OutOfRuns
+            self._left -= 1
+            answer = self._test((*positions, *extra))
+            if answer is not None:
+                return answer
+        return False
+
+    def shrink(self, failing: list[int]) -> list[int]:
+        """A minimal failing subset of a failing set."""
+        pieces = 2
+        while len(failing) > 1:
+            size = -(-len(failing) // pieces)
+            parts = [failing[start : start + size] for start in range(0, len(failing), size)]
+            part = next((part for part in parts if self.fails(part)), None)
+            if part is not None:
+                failing, pieces = part, 2
+                continue
+            if pieces > 2:
+                without = ([entry for entry in failing if entry not in part] for part in parts)
+                smaller = next((rest for rest in without if self.fails(rest)), None)
+                if smaller is not None:
+                    failing, pieces = smaller, max(pieces - 1, 2)
+                    continue
+            if pieces >= len(failing):
+                break
+            pieces = min(2 * pieces, len(failing))
+        return failing

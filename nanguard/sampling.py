@@ -1,0 +1,85 @@
+"""Which samples of the dataset are in the batch: a recorder around a DataLoader's sampler."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, final
+
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from nanguard.patches import Patches
+
+__all__ = ["IndexRecorder", "base_indices"]
+
+
+@final
+class IndexRecorder:
+    """Stands in for a (batch) sampler: passes on what it gives, and remembers it until the batch arrives.
+
+    Args:
+        sampler: the loader's ``batch_sampler``, or its ``sampler`` where it does not batch.
+        before_fetch: called after the sampler has chosen and before the loader fetches, in the order of the batches.
+    """
+
+    def __init__(self, sampler: Any, before_fetch: Callable[[], None] | None = None) -> None:
+        self._sampler = sampler
+        self._before_fetch = before_fetch
+        self._pending: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        self._pending.clear()
+        return self._recorded(iter(self._sampler))
+
+    def _recorded(self, chosen: Iterator[Any]) -> Iterator[Any]:
+        for entry in chosen:
+            self._pending.append(entry)
+            if self._before_fetch is not None:
+                self._before_fetch()
+            yield entry
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_sampler":
+            raise AttributeError(name)
+        return getattr(self._sampler, name)
+
+    def next_indices(self) -> tuple[int, ...] | None:
+        """The indices of the next batch to arrive, or `None` where they are not integers."""
+        if not self._pending:
+            return None
+        entry = self._pending.popleft()
+        entries = entry if isinstance(entry, (list, tuple)) else [entry]
+        try:
+            return tuple(int(index) for index in entries)
+        except (TypeError, ValueError):
+            return None
+
+    @classmethod
+    def install(cls, loader: Any, patches: Patches, before_fetch: Callable[[], None] | None) -> IndexRecorder | None:
+        """Puts a recorder into a loader; `None` where batches and samples cannot be told from each other.
+
+        That is the case for streams, for loaders of other libraries and where batches may arrive out of order.
+        """
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return None
+        if not getattr(loader, "in_order", True):
+            return None
+        name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+        # With workers the sampler runs ahead of the batches, so the moment of a fetch says nothing.
+        recorder = cls(getattr(loader, name), before_fetch if loader.num_workers == 0 else None)
+        patches.set(loader, name, recorder)
+        return recorder
+
+
+def base_indices(dataset: Any, indices: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Indices into a `Subset` (of a `Subset` ...) as indices into the dataset beneath."""
+    if indices is None:
+        return None
+    while isinstance(dataset, Subset):
+        table = dataset.indices
+        indices = tuple(int(table[index]) for index in indices)
+        dataset = dataset.dataset
+    return indices

@@ -1,0 +1,80 @@
+"""The cheap alarm: are a loss and all its gradients finite? One fused check, one device synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["all_finite", "finite_flags", "fused_norm", "nonfinite_names"]
+
+
+def fused_norm(tensors: Iterable[Tensor]) -> Tensor | None:
+    """One number that is finite only if every element of every tensor is; no synchronisation.
+
+    The L2 norm is the fastest fused reduction that propagates NaN and infinities (ten times as fast as the maximum
+    norm on CPU). It may overflow on finite values, so a non-finite result is a suspicion, not a verdict:
+    `finite_flags` gives the verdict.
+
+    Args:
+        tensors: real or complex floating tensors of any shape, dtype and device, sparse ones included; others are
+            ignored.
+
+    Returns:
+        A 0-dim tensor (float32 or wider, on the device of the first tensor), or `None` where there is nothing to check.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        values = _values(tensor)
+        if values is not None:
+            groups.setdefault((values.device, values.dtype), []).append(values)
+    norms: list[Tensor] = []
+    for (_, dtype), group in groups.items():
+        # Half-precision norms overflow at 65504 on perfectly healthy gradients.
+        wider = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+        norms.extend(torch._foreach_norm(group, 2.0, dtype=wider))
+    if not norms:
+        return None
+    first = norms[0]
+    return torch.stack([norm.to(first.device, torch.promote_types(norm.dtype, torch.float32)) for norm in norms]).sum()
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every element of every tensor is finite. One synchronisation where all is well, an exact second look
+    where not.
+    """
+    tensors = list(tensors)
+    norm = fused_norm(tensors)
+    if norm is None or bool(torch.isfinite(norm)):
+        return True
+    return all(finite_flags(tensors))
+
+
+def finite_flags(tensors: Iterable[Tensor]) -> list[bool]:
+    """For each tensor whether all its elements are finite, exactly; tensors that cannot hold NaN count as finite."""
+    flags = []
+    for tensor in tensors:
+        values = _values(tensor)
+        flags.append(values is None or bool(torch.isfinite(values).all()))
+    return flags
+
+
+def nonfinite_names(named: Iterable[tuple[str, Tensor | None]]) -> list[str]:
+    """The names of the tensors that hold a non-finite value, in order."""
+    pairs = [(name, tensor) for name, tensor in named if tensor is not None]
+    flags = finite_flags(tensor for _, tensor in pairs)
+    return [name for (name, _), finite in zip(pairs, flags, strict=True) if not finite]
+
+
+def _values(tensor: Tensor) -> Tensor | None:
+    tensor = tensor.detach()
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    if hasattr(tensor, "to_local"):  # a DTensor: each rank judges its own shard
+        tensor = tensor.to_local()
+    if tensor.layout is torch.sparse_coo:
+        return tensor._values()
+    if tensor.layout is not torch.strided and tensor.layout is not torch.jagged:
+        return tensor.values()
+    return tensor

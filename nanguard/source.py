@@ -1,0 +1,55 @@
+"""Where in the user's code something happened: the deepest frame outside torch, lightning and nanguard."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import linecache
+import os
+import sys
+from dataclasses import dataclass
+from types import FrameType
+
+__all__ = ["Frame", "is_user_file", "user_frame"]
+
+_LIBRARIES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A line of source: the file, its 1-based number and its text."""
+
+    file: str
+    line: int
+    code: str
+
+
+def user_frame(frame: FrameType | None = None) -> Frame | None:
+    """The deepest frame of the user's code at or above `frame` (by default the caller's), or `None` where there is
+    none.
+    """
+    frame = frame or sys._getframe(1)
+    while frame is not None and not is_user_file(frame.f_code.co_filename):
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return None
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return Frame(file, line, linecache.getline(file, line, frame.f_globals).strip())
+
+
+@functools.cache
+def is_user_file(file: str) -> bool:
+    """Whether a code object's file is neither torch's, lightning's nor nanguard's own (nor the interpreter's)."""
+    if file.startswith("<frozen") or file.endswith(("contextlib.py", "functools.py", "threading.py")):
+        return False
+    return not os.path.abspath(file).startswith(_library_folders())
+
+
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
+    own = os.path.dirname(os.path.abspath(__file__))
+    folders = [own]
+    for name in _LIBRARIES:
+        spec = importlib.util.find_spec(name)
+        folders.extend(spec.submodule_search_locations or () if spec else ())
+    return tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)

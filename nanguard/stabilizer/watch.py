@@ -1,0 +1,50 @@
+"""Whether a loss has anything that the stabiliser could ever improve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["has_unstable_ops"]
+
+# A logarithm, or the graft that took the place of one or of a quotient, is enough; an exponential needs something that divides.
+_ALONE = ("Log", "Log2", "Log10", "Log1P", "_Graft", "_GraftInPlace")
+_DIVISIONS = ("Div", "Reciprocal", "Pow")
+
+
+def has_unstable_ops(loss: Tensor, limit: int | None = None) -> bool:
+    """Whether the graph of a loss contains an operation that a rule might replace, or has replaced.
+
+    That is a logarithm of any base, or an exponential together with a division. `log_softmax`, `cross_entropy`, `logsumexp` and
+    the built-in softmax (attention) are stable as they are and do not count. The inside of reentrant checkpoints, compiled regions
+    and custom functions cannot be seen.
+
+    Arguments:
+        loss: any tensor; the answer is `False` for one without a graph.
+        limit: at most that many nodes are visited, those next to the loss first.
+
+    Example:
+        >>> has_unstable_ops(torch.softmax(model(x), 1)[rows, y].log().mean())
+        True
+    """
+    if loss.grad_fn is None:
+        return False
+    queue: list[Any] = [loss.grad_fn]
+    seen = {loss.grad_fn}
+    exponential = division = False
+    for node in queue:
+        name = type(node).__name__.partition("Backward")[0]
+        if name in _ALONE:
+            return True
+        exponential |= name == "Exp"
+        division |= name in _DIVISIONS
+        if exponential and division:
+            return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                if limit is not None and len(queue) >= limit:
+                    break
+                seen.add(following)
+                queue.append(following)
+    return False

@@ -1,0 +1,108 @@
+"""What a Lightning Trainer keeps about a step, and how to put it back. Works on the objects it is given; imports no lightning.
+
+These reach into attributes that Lightning does not document; each function names the one it relies on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nanguard.patches import Patches
+from nanguard.values import Undo
+
+__all__ = ["IGNORED", "hold_schedulers", "optimizer_progress", "quiet", "save_results"]
+
+# Attributes through which Lightning ties a module to its Trainer; they are not the module's state.
+IGNORED = (
+    "_trainer",
+    "_fabric",
+    "_current_fx_name",
+    "_metric_attributes",
+    "_compiler_ctx",
+    "_device",
+    "_dtype",
+    "_device_mesh",
+    "_jit_internal",
+    "_log_hyperparams",
+    "_fabric_optimizers",
+    "_strict_loading",
+)
+
+
+def save_results(trainer: Any) -> Undo:
+    """Remembers what ``self.log`` has accumulated in the training loop; relies on ``epoch_loop._results``.
+
+    Lightning replaces the accumulated tensors rather than writing into them, so remembering the references is enough.
+    """
+    results = trainer.fit_loop.epoch_loop._results
+    kept = {key: (metric, dict(metric.__dict__)) for key, metric in results.items()}
+
+    def undo() -> None:
+        for key in [key for key in results if key not in kept]:
+            dict.pop(results, key)
+        for key, (metric, values) in kept.items():
+            metric.__dict__.clear()
+            metric.__dict__.update(values)
+            dict.__setitem__(results, key, metric)
+
+    return undo
+
+
+def hold_schedulers(trainer: Any, patches: Patches) -> None:
+    """Keeps the learning-rate schedulers that step with the optimizer from stepping, until `patches` is undone."""
+    for config in trainer.lr_scheduler_configs:
+        if config.interval == "step":
+            patches.set(config, "interval", "held")
+
+
+def optimizer_progress(trainer: Any) -> list[Any]:
+    """The counters behind ``global_step``: relies on the ``optim_progress`` of both optimization loops."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        step = loop.automatic_optimization.optim_progress.optimizer.step
+    else:
+        step = loop.manual_optimization.optim_step_progress
+    return [step.total, step.current]
+
+
+def save_progress(trainer: Any) -> Undo:
+    """Remembers ``global_step``."""
+    kept = [(tracker, dict(vars(tracker))) for tracker in optimizer_progress(trainer)]
+
+    def undo() -> None:
+        for tracker, values in kept:
+            vars(tracker).update(values)
+
+    return undo
+
+
+@contextmanager
+def quiet(trainer: Any, module: Any, entered: Callable[[], Any]) -> Iterator[None]:
+    """A training step that is run again logs nothing, prints nothing and reaches no logger.
+
+    Args:
+        trainer: the Trainer.
+        module: its LightningModule.
+        entered: gives the context that the step runs in, such as the precision plugin's.
+    """
+    patches = Patches()
+    loggers, name = trainer.loggers, module._current_fx_name
+    for method in ("log", "log_dict", "print"):
+        patches.set(module, method, _nothing)
+    trainer.loggers = []
+    module._current_fx_name = "training_step"
+    try:
+        with entered():
+            yield
+    finally:
+        module._current_fx_name = name
+        trainer.loggers = loggers
+        patches.undo()
+
+
+@functools.wraps(print)
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for methods that would tell somebody about a step that is only being run again."""

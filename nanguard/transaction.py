@@ -1,0 +1,199 @@
+"""Snapshot and restore of what a training step touches: a step happens wholly or not at all.
+
+1. What the forward and backward pass touch is saved before every step, cheaply: buffers (BatchNorm statistics),
+attributes of every submodule (counters, metric states, lists that grow), random number streams, and whatever a
+framework adds. 2. What only the optimizer touches (parameters, its own state) is saved where an optimizer may have
+moved before the alarm
+   can ring: LBFGS, and several optimizers in one step.
+3. Restoring puts values back into the very objects that held them, because optimizers, schedulers and users keep
+references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanguard.rng import RngState
+from nanguard.values import ATOMIC, Undo, save_value
+
+__all__ = ["OptimizerSnapshot", "Savepoint", "Transaction"]
+
+# What nn.Module keeps about itself; none of it is state that a step changes.
+_STRUCTURE = frozenset(nn.Module().__dict__) - {"training"}
+
+
+class Transaction:
+    """Makes savepoints of one module. Final.
+
+    Args:
+        module: its buffers and the attributes of all its submodules are saved.
+        ignored: names of attributes that belong to a framework and must never be put back.
+        participants: called at each savepoint; each returns a function that undoes what happened since.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        ignored: Iterable[str] = (),
+        participants: Sequence[Callable[[], Undo]] = (),
+    ) -> None:
+        self._module = module
+        self._skip = _STRUCTURE | frozenset(ignored)
+        self._participants = tuple(participants)
+        self._spare: list[list[Tensor]] = []
+
+    def savepoint(self) -> Savepoint:
+        """The present state. Costs a copy of the buffers and a walk over the attributes; call `Savepoint.release`
+        after.
+        """
+        owners: list[dict[str, Tensor | None]] = []
+        layouts: list[dict[str, Tensor | None]] = []
+        attributes: list[tuple[dict[str, Any], dict[str, Any], list[tuple[str, Undo]]]] = []
+        live: list[Tensor] = []
+        for module in self._module.modules():
+            own = module.__dict__
+            buffers = own["_buffers"]
+            if buffers:
+                owners.append(buffers)
+                layouts.append(dict(buffers))
+                live.extend(buffer for buffer in buffers.values() if buffer is not None)
+            values = {name: own[name] for name in own.keys() - self._skip}
+            undos = [(name, save_value(value)) for name, value in values.items() if type(value) not in ATOMIC]
+            attributes.append((own, values, undos))
+        return Savepoint(
+            rng=RngState.save(),
+            owners=owners,
+            layouts=layouts,
+            live=live,
+            copies=self._copy(live),
+            attributes=attributes,
+            skip=self._skip,
+            undos=[participant() for participant in self._participants],
+            release=self._spare.append,
+        )
+
+    def buffers(self, savepoint: Savepoint) -> dict[str, Tensor]:
+        """The buffers of the module by qualified name, with the values that they had at the savepoint."""
+        copies = {id(buffer): copy for buffer, copy in zip(savepoint.live, savepoint.copies, strict=True)}
+        return {name: copies.get(id(buffer), buffer) for name, buffer in self._module.named_buffers()}
+
+    def _copy(self, live: list[Tensor]) -> list[Tensor]:
+        if not live:
+            return []
+        with torch.no_grad():
+            spare = self._spare.pop() if self._spare else []
+            if not _alike(spare, live):
+                return [buffer.detach().clone(memory_format=torch.preserve_format) for buffer in live]
+            torch._foreach_copy_(spare, [buffer.detach() for buffer in live])
+            return spare
+
+
+class Savepoint:
+    """A state to go back to, any number of times. Final; made by `Transaction.savepoint`."""
+
+    def __init__(
+        self,
+        *,
+        rng: RngState,
+        owners: list[dict[str, Tensor | None]],
+        layouts: list[dict[str, Tensor | None]],
+        live: list[Tensor],
+        copies: list[Tensor],
+        attributes: list[tuple[dict[str, Any], dict[str, Any], list[tuple[str, Undo]]]],
+        skip: frozenset[str],
+        undos: list[Undo],
+        release: Callable[[list[Tensor]], None],
+    ) -> None:
+        self.rng = rng
+        self.live = live
+        self.copies = copies
+        self._owners = owners
+        self._layouts = layouts
+        self._attributes = attributes
+        self._skip = skip
+        self._undos = undos
+        self._release = release
+
+    def restore(self, *, rng: bool = True) -> None:
+        """Puts everything back; with ``rng=False`` the random number streams stay where they are."""
+        with torch.no_grad():
+            for owner, layout in zip(self._owners, self._layouts, strict=True):
+                _refill(owner, layout)
+            for buffer, copy in zip(self.live, self.copies, strict=True):
+                buffer.detach().copy_(copy)
+            for own, values, undos in self._attributes:
+                for name in own.keys() - self._skip - values.keys():
+                    del own[name]
+                own.update(values)
+                for _, undo in undos:
+                    undo()
+        for undo in self._undos:
+            undo()
+        if rng:
+            self.rng.restore()
+
+    def release(self) -> None:
+        """Gives the copies' memory back for the next savepoint. The savepoint must not be used any more."""
+        if self.copies:
+            self._release(self.copies)
+        self.copies = []
+        self.live = []
+
+
+class OptimizerSnapshot:
+    """Parameters, optimizer state and hyperparameters, copied. Final.
+
+    Args:
+        optimizers: `torch.optim.Optimizer` objects; the parameters are those of their groups.
+    """
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        parameters = {id(p): p for group in groups for p in group["params"]}
+        with torch.no_grad():
+            self._parameters = [(p, p.detach().clone()) for p in parameters.values()]
+            self._states = [
+                (optimizer, {p: dict(state) for p, state in optimizer.state.items()}, save_value(dict(optimizer.state)))
+                for optimizer in self.optimizers
+            ]
+            self._groups = [
+                (group, {key: value for key, value in group.items() if key != "params"}, save_value(_hyper(group)))
+                for group in groups
+            ]
+
+    def restore(self) -> None:
+        """Puts parameters, state and hyperparameters back, bit for bit, into the tensors that held them."""
+        with torch.no_grad():
+            for parameter, copy in self._parameters:
+                parameter.detach().copy_(copy)
+            for optimizer, state, undo in self._states:
+                for parameter in [p for p in optimizer.state if p not in state]:
+                    del optimizer.state[parameter]
+                for parameter, values in state.items():
+                    _refill(optimizer.state[parameter], values)
+                undo()
+            for group, values, undo in self._groups:
+                _refill(group, {**values, "params": group["params"]})
+                undo()
+
+
+def _hyper(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _refill(target: dict[Any, Any], values: dict[Any, Any]) -> None:
+    for key in [key for key in target if key not in values]:
+        del target[key]
+    target.update(values)
+
+
+def _alike(spare: list[Tensor], live: list[Tensor]) -> bool:
+    return len(spare) == len(live) and all(
+        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(spare, live, strict=True)
+    )

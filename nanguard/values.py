@@ -1,0 +1,178 @@
+"""Save one Python value so that it can be put back: tensors by value, containers by content, objects by attributes.
+
+Putting back happens in place, in the object that held the value, because others may hold a reference to it.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import os
+import random
+import sys
+import sysconfig
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ATOMIC", "Undo", "save_value"]
+
+Undo = Callable[[], None]
+
+# Values that cannot change: the name that holds them is all there is to put back.
+ATOMIC: frozenset[type] = frozenset(
+    [
+        *(type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis)),
+        *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+        *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, property),
+    ]
+)
+# Longer containers are logs or tables: appends to them are undone, their entries are taken as they are.
+_LONGEST = 1024
+_DEEPEST = 6
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def save_value(value: Any) -> Undo:
+    """Remembers `value`, and returns the function that puts the remembered state back into it.
+
+    Tensors are cloned; lists, dictionaries, sets and deques are copied with what they hold; generators of random
+    numbers remember their state; objects of the user's own classes remember their attributes. Cycles are followed
+    once.
+    """
+    undos: list[Undo] = []
+    _save(value, undos, set(), 0)
+
+    def undo() -> None:
+        for step in undos:
+            step()
+
+    return undo
+
+
+def _save(value: Any, undos: list[Undo], seen: set[int], depth: int) -> None:
+    kind = type(value)
+    if kind in ATOMIC or id(value) in seen or depth > _DEEPEST:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        undos.append(_save_tensor(value))
+    elif isinstance(value, (list, collections.deque)):
+        undos.append(_save_sequence(value))
+        _save_all(value, undos, seen, depth)
+    elif isinstance(value, dict):
+        undos.append(_save_mapping(value))
+        _save_all(value.values(), undos, seen, depth)
+    elif isinstance(value, set):
+        undos.append(_save_set(value))
+    elif isinstance(value, (tuple, frozenset)):
+        _save_all(value, undos, seen, depth)
+    elif isinstance(value, nn.Module):
+        return  # A submodule is saved where it is registered; one that is not registered belongs to somebody else.
+    else:
+        _save_object(value, undos, seen, depth)
+
+
+def _save_all(values: Any, undos: list[Undo], seen: set[int], depth: int) -> None:
+    if len(values) <= _LONGEST:
+        for value in values:
+            _save(value, undos, seen, depth + 1)
+
+
+def _save_tensor(tensor: Tensor) -> Undo:
+    copy = tensor.detach().clone(memory_format=torch.preserve_format)
+    version = None if tensor.is_inference() else tensor._version
+
+    def undo() -> None:
+        if version is None or tensor._version != version:
+            tensor.detach().copy_(copy)
+
+    return undo
+
+
+def _save_sequence(value: Any) -> Undo:
+    if len(value) > _LONGEST:
+        length = len(value)
+
+        def shorten() -> None:
+            while len(value) > length:
+                value.pop()
+
+        return shorten
+    copy = list(value)
+
+    def undo() -> None:
+        value.clear()
+        value.extend(copy)
+
+    return undo
+
+
+def _save_mapping(value: dict[Any, Any]) -> Undo:
+    if len(value) > _LONGEST:
+        return lambda: None
+    copy = list(value.items())
+
+    def undo() -> None:
+        value.clear()
+        value.update(copy)
+
+    return undo
+
+
+def _save_set(value: set[Any]) -> Undo:
+    copy = set(value)
+
+    def undo() -> None:
+        value.clear()
+        value.update(copy)
+
+    return undo
+
+
+def _save_object(value: Any, undos: list[Undo], seen: set[int], depth: int) -> None:
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        undos.append(lambda: value.set_state(state) and None)
+    elif isinstance(value, random.Random):
+        numbers = value.getstate()
+        undos.append(lambda: value.setstate(numbers))
+    elif type(value).__module__.startswith("numpy"):
+        _save_numpy(value, undos)
+    elif _is_users(type(value)):
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict) and len(own) <= _LONGEST:
+            undos.append(_save_mapping(own))
+            _save_all(own.values(), undos, seen, depth)
+
+
+@functools.cache
+def _is_users(kind: type) -> bool:
+    """Whether a class stands in the user's own source.
+
+    Objects of installed libraries (trainers, loggers with threads, tokenizers) are machinery: to put them back would
+    break them.
+    """
+    source = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if kind.__module__ == "__main__":
+        return True
+    return source is not None and not os.path.abspath(source).startswith(_INSTALLED)
+
+
+def _save_numpy(value: Any, undos: list[Undo]) -> None:
+    if hasattr(value, "bit_generator"):
+        state = value.bit_generator.state
+        undos.append(lambda: setattr(value.bit_generator, "state", state))
+    elif hasattr(value, "get_state"):
+        legacy = value.get_state()
+        undos.append(lambda: value.set_state(legacy))
+    elif hasattr(value, "flags") and getattr(value.flags, "writeable", False) and value.size:
+        copy = value.copy()
+
+        def undo() -> None:
+            value[...] = copy
+
+        undos.append(undo)

@@ -1,0 +1,46 @@
+"""When the stabiliser has to be on: only where the last steps showed something that it could improve."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor
+
+__all__ = ["UnstableOpsWatch"]
+
+
+@final
+class UnstableOpsWatch:
+    """Reads the graph of each loss and says whether the next step needs the stabiliser.
+
+    It begins switched on. A model whose first losses hold nothing to improve runs without a function mode from then on; its
+    graph is looked at again, near the loss at every step and as a whole now and then, because losses change during a run
+    (warm-ups, curricula, alternating objectives). Once something was found, it stays on.
+
+    Args:
+        trial: number of losses that are looked at before it may switch off.
+        every: the whole graph is walked at every so many steps.
+        near: number of nodes next to the loss that are walked at the other steps.
+    """
+
+    def __init__(self, *, trial: int = 3, every: int = 50, near: int = 64) -> None:
+        self._trial = trial
+        self._every = every
+        self._near = near
+        self._seen = 0
+        self._found = False
+
+    @property
+    def needed(self) -> bool:
+        """Whether the next step should run under the stabiliser."""
+        return self._found or self._seen < self._trial
+
+    def look(self, loss: Tensor) -> None:
+        """Reads the graph of a loss before it is freed by the backward pass."""
+        if self._found or loss.grad_fn is None:
+            return
+        from nanguard.stabilizer.watch import has_unstable_ops
+
+        whole = self._seen < self._trial or self._seen % self._every == 0
+        self._seen += 1
+        self._found = has_unstable_ops(loss, None if whole else self._near)
