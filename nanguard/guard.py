@@ -28,7 +28,7 @@ from nanguard.errors import NanGuardWarning
 from nanguard.incident import Action, Incident, Swap, Trigger
 from nanguard.policy import Policy
 from nanguard.rng import RngState
-from nanguard.sentinel import all_finite, fused_norm, nonfinite_names
+from nanguard.sentinel import all_finite, nonfinite_names, norms
 from nanguard.transaction import OptimizerSnapshot, Transaction
 from nanguard.watch import UnstableOpsWatch
 
@@ -62,7 +62,7 @@ class _Attempt:
     rewind: RngState | None = None
     stabilized: bool = False
     loss: Tensor | None = None
-    norm: Tensor | None = None
+    norms: Tensor | None = None
 
 
 @final
@@ -86,7 +86,7 @@ class Guard:
         transaction: Transaction | None = None,
         rerun: Rerun | None = None,
         agree: Callable[[bool], bool] | None = None,
-        circumstances: Callable[[], Circumstances] | None = None,
+        circumstances: Callable[[], Circumstances | None] | None = None,
         incidents: list[Incident] | None = None,
         swaps: list[Swap] | None = None,
     ) -> None:
@@ -150,7 +150,7 @@ class Guard:
     def saw_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Takes note of the gradients accumulated so far, so that the micro-batch at fault can be told; no synchronisation."""
         if self._window:
-            self._window[-1].norm = fused_norm(_gradients(parameters))
+            self._window[-1].norms = norms(_gradients(parameters))
 
     # -- the decision
 
@@ -167,7 +167,7 @@ class Guard:
             return Ruling("skip_step", self.incidents[-1])
         parameters = list(parameters)
         gradients = _gradients(parameters)
-        self._window[-1].norm = fused_norm(gradients)
+        self._window[-1].norms = norms(gradients)
         found = self._find(gradients)
         if scaler is not None and (found is None or found[1] != "loss"):
             found = self._judge_scaler(scaler, found)
@@ -180,21 +180,24 @@ class Guard:
         return self._rule(attempt, trigger, parameters, elsewhere=found is None)
 
     def _find(self, gradients: list[Tensor]) -> tuple[_Attempt, Trigger] | None:
-        entries = [(attempt, "loss", attempt.loss) for attempt in self._window]
-        entries += [(attempt, "gradients", attempt.norm) for attempt in self._window]
-        present = [(attempt, trigger, value) for attempt, trigger, value in entries if value is not None]
+        entries: list[tuple[_Attempt, Trigger, Tensor | None]] = []
+        for attempt in self._window:
+            entries += [(attempt, "loss", attempt.loss), (attempt, "gradients", attempt.norms)]
+        present = [(attempt, trigger, _row(value)) for attempt, trigger, value in entries if value is not None]
         if not present:
             return None
         device = present[-1][2].device
-        row = torch.stack([_scalar(value).to(device) for _, _, value in present])
-        suspicious = [not math.isfinite(value) for value in row.tolist()]  # the synchronisation
-        if not any(suspicious):
+        numbers = torch.cat([row.to(device) for _, _, row in present]).tolist()  # the synchronisation
+        if all(map(math.isfinite, numbers)):
             return None
-        if not any(suspicious[: sum(trigger == "loss" for _, trigger, _ in present)]) and all_finite(gradients):
+        suspects: list[tuple[_Attempt, Trigger]] = []
+        for attempt, trigger, row in present:
+            mine, numbers = numbers[: row.numel()], numbers[row.numel() :]
+            if not all(map(math.isfinite, mine)):
+                suspects.append((attempt, trigger))
+        if all(trigger == "gradients" for _, trigger in suspects) and all_finite(gradients):
             return None  # only a norm overflowed; the gradients themselves are finite
-        order = sorted(range(len(present)), key=lambda i: (self._window.index(present[i][0]), present[i][1] != "loss"))
-        attempt, trigger, _ = next(present[i] for i in order if suspicious[i])
-        return attempt, "loss" if trigger == "loss" else "gradients"
+        return suspects[0]
 
     def _judge_scaler(self, scaler: Any, found: tuple[_Attempt, Trigger] | None) -> tuple[_Attempt, Trigger] | None:
         """A scaler's own skips are part of its work until there are too many of them, or the scale is spent."""
@@ -332,14 +335,13 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _scalar(value: Tensor) -> Tensor:
-    # A loss may have any shape (a vector is summed by backward) and half precision.
-    value = value if value.dtype == torch.float64 else value.float()
-    return value if value.ndim == 0 else value.sum()
+def _row(value: Tensor) -> Tensor:
+    """As a vector of at least single precision: a loss may be of any shape and dtype."""
+    return value.reshape(-1).to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _number(loss: Tensor) -> str:
-    return f"{float(_scalar(loss)):.6g}"
+    return f"{float(_row(loss).sum()):.6g}"
 
 
 def _picked(indices: tuple[int, ...] | None, samples: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "finite_flags", "fused_norm", "nonfinite_names"]
+__all__ = ["all_finite", "finite_flags", "nonfinite_names", "norms"]
 
 
-def fused_norm(tensors: Iterable[Tensor]) -> Tensor | None:
-    """One number that is finite only if every element of every tensor is; no synchronisation.
+def norms(tensors: Iterable[Tensor]) -> Tensor | None:
+    """One number per tensor that is finite only if every element of the tensor is; no synchronisation.
 
-    The L2 norm is the fastest fused reduction that propagates NaN and infinities (ten times as fast as the maximum
-    norm on CPU). It may overflow on finite values, so a non-finite result is a suspicion, not a verdict:
-    `finite_flags` gives the verdict.
+    The L2 norm is the fastest fused reduction that propagates NaN and infinities, ten times as fast as the maximum norm on CPU.
+    It may overflow on finite values, so a non-finite norm is a suspicion; `finite_flags` gives the verdict.
 
     Args:
-        tensors: real or complex floating tensors of any shape, dtype and device, sparse ones included; others are
-            ignored.
+        tensors: real or complex floating tensors of any shape, dtype, device and layout; others are ignored.
 
     Returns:
-        A 0-dim tensor (float32 or wider, on the device of the first tensor), or `None` where there is nothing to check.
+        A 1-D tensor (float32 or wider, on the device of the first tensor) in no particular order, or `None` where there is
+        nothing to check.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        values = _values(tensor)
-        if values is not None:
-            groups.setdefault((values.device, values.dtype), []).append(values)
-    norms: list[Tensor] = []
-    for (_, dtype), group in groups.items():
-        # Half-precision norms overflow at 65504 on perfectly healthy gradients.
-        wider = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-        norms.extend(torch._foreach_norm(group, 2.0, dtype=wider))
-    if not norms:
-        return None
-    first = norms[0]
-    return torch.stack([norm.to(first.device, torch.promote_types(norm.dtype, torch.float32)) for norm in norms]).sum()
+    with torch.no_grad():
+        for tensor in tensors:
+            values = _values(tensor)
+            if values is not None:
+                groups.setdefault((values.device, values.dtype), []).append(values)
+        if not groups:
+            return None
+        stacked = []
+        for (_, dtype), group in groups.items():
+            # Half-precision norms overflow at 65504 on perfectly healthy gradients.
+            half = dtype in (torch.float16, torch.bfloat16)
+            found = torch._foreach_norm(group, 2.0, torch.float32) if half else torch._foreach_norm(group, 2.0)
+            stacked.append(torch.stack(found))
+        if len(stacked) == 1:
+            return stacked[0]
+        return torch.cat([part.to(stacked[0].device, torch.float64) for part in stacked])
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every element of every tensor is finite. One synchronisation where all is well, an exact second look
-    where not.
-    """
+    """Whether every element of every tensor is finite: one synchronisation, and an exact second look where it alarms."""
     tensors = list(tensors)
-    norm = fused_norm(tensors)
-    if norm is None or bool(torch.isfinite(norm)):
+    found = norms(tensors)
+    if found is None or all(map(math.isfinite, found.tolist())):
         return True
     return all(finite_flags(tensors))
 
@@ -68,6 +69,8 @@ def nonfinite_names(named: Iterable[tuple[str, Tensor | None]]) -> list[str]:
 
 
 def _values(tensor: Tensor) -> Tensor | None:
+    if type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_floating_point():
+        return tensor  # the common case, without any further question
     tensor = tensor.detach()
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return None

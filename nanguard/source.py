@@ -30,7 +30,7 @@ def user_frame(frame: FrameType | None = None) -> Frame | None:
     """
     frame = frame or sys._getframe(1)
     while frame is not None and not is_user_file(frame.f_code.co_filename):
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     if frame is None:
         return None
     file, line = frame.f_code.co_filename, frame.f_lineno

@@ -53,18 +53,25 @@ class Transaction:
         """
         owners: list[dict[str, Tensor | None]] = []
         layouts: list[dict[str, Tensor | None]] = []
-        attributes: list[tuple[dict[str, Any], dict[str, Any], list[tuple[str, Undo]]]] = []
+        attributes: list[tuple[dict[str, Any], dict[str, Any], list[Undo]]] = []
         live: list[Tensor] = []
-        for module in self._module.modules():
+        skip = self._skip
+        # Written out, because `modules()` and set arithmetic cost more than all the rest of a healthy step's savepoint.
+        queue, seen = [self._module], set()
+        while queue:
+            module = queue.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
             own = module.__dict__
+            queue.extend(child for child in own["_modules"].values() if child is not None)
             buffers = own["_buffers"]
             if buffers:
                 owners.append(buffers)
-                layouts.append(dict(buffers))
+                layouts.append(buffers.copy())
                 live.extend(buffer for buffer in buffers.values() if buffer is not None)
-            values = {name: own[name] for name in own.keys() - self._skip}
-            undos = [(name, save_value(value)) for name, value in values.items() if type(value) not in ATOMIC]
-            attributes.append((own, values, undos))
+            undos = [save_value(v) for name, v in own.items() if type(v) not in ATOMIC and name not in skip]
+            attributes.append((own, own.copy(), undos))
         return Savepoint(
             rng=RngState.save(),
             owners=owners,
@@ -104,7 +111,7 @@ class Savepoint:
         layouts: list[dict[str, Tensor | None]],
         live: list[Tensor],
         copies: list[Tensor],
-        attributes: list[tuple[dict[str, Any], dict[str, Any], list[tuple[str, Undo]]]],
+        attributes: list[tuple[dict[str, Any], dict[str, Any], list[Undo]]],
         skip: frozenset[str],
         undos: list[Undo],
         release: Callable[[list[Tensor]], None],
@@ -129,8 +136,8 @@ class Savepoint:
             for own, values, undos in self._attributes:
                 for name in own.keys() - self._skip - values.keys():
                     del own[name]
-                own.update(values)
-                for _, undo in undos:
+                own.update({name: value for name, value in values.items() if name not in self._skip})
+                for undo in undos:
                     undo()
         for undo in self._undos:
             undo()

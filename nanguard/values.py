@@ -87,7 +87,9 @@ def _save_tensor(tensor: Tensor) -> Undo:
     version = None if tensor.is_inference() else tensor._version
 
     def undo() -> None:
-        if version is None or tensor._version != version:
+        # Untouched tensors are left alone, because a write would invalidate graphs that saved them; fused optimizers write
+        # without counting a version.
+        if version is None or tensor._version != version or not torch.equal(tensor, copy):
             tensor.detach().copy_(copy)
 
     return undo
@@ -118,7 +120,8 @@ def _save_mapping(value: dict[Any, Any]) -> Undo:
 
     def undo() -> None:
         value.clear()
-        value.update(copy)
+        for key, entry in copy:  # not `update`, which a Counter understands differently
+            value[key] = entry
 
     return undo
 
@@ -136,7 +139,7 @@ def _save_set(value: set[Any]) -> Undo:
 def _save_object(value: Any, undos: list[Undo], seen: set[int], depth: int) -> None:
     if isinstance(value, torch.Generator):
         state = value.get_state()
-        undos.append(lambda: value.set_state(state) and None)
+        undos.append(lambda: _set_generator(value, state))
     elif isinstance(value, random.Random):
         numbers = value.getstate()
         undos.append(lambda: value.setstate(numbers))
@@ -149,8 +152,12 @@ def _save_object(value: Any, undos: list[Undo], seen: set[int], depth: int) -> N
             _save_all(own.values(), undos, seen, depth)
 
 
+def _set_generator(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
+
+
 @functools.cache
-def _is_users(kind: type) -> bool:
+def _is_users(kind: Any) -> bool:
     """Whether a class stands in the user's own source.
 
     Objects of installed libraries (trainers, loggers with threads, tokenizers) are machinery: to put them back would

@@ -45,7 +45,7 @@ FLOOR_ZERO = Operator("floor_zero", f"{_STABLE}.floor_zero", "{0}")
 CLAMP_MIN = Operator("clamp_min", f"{_STABLE}.clamp_min", "{0}.clamp(min=math.log({constant}))")
 CLAMP_MAX = Operator("clamp_max", f"{_STABLE}.clamp_max", "{0}.clamp(max=math.log({constant}))")
 EXPAND = Operator("expand", "torch.broadcast_to", "{0}.expand({size})", fresh=False)
-RESHAPE = Operator("reshape", "torch.reshape", "{0}.reshape({shape})", fresh=False)
+RESHAPE = Operator("reshape", f"{_STABLE}.reshape", "{0}.reshape({sizes})", fresh=False)
 
 
 def broadcast_shapes(*shapes: Shape) -> Shape:
@@ -62,7 +62,7 @@ def broadcast_shapes(*shapes: Shape) -> Shape:
 
 
 def add(a: Term, b: Term) -> Term:
-    """log(p q) = l + m."""
+    """Rests on log(p q) = l + m."""
     if isinstance(b, Apply) and b.operator is NEGATE:
         return subtract(a, b.args[0])
     if isinstance(a, Apply) and a.operator is NEGATE:
@@ -71,7 +71,7 @@ def add(a: Term, b: Term) -> Term:
 
 
 def subtract(a: Term, b: Term) -> Term:
-    """log(p / q) = l - m, with x - logsumexp(x) = log_softmax(x) and x - log(1 + e^x) = logsigmoid(x)."""
+    """Rests on log(p / q) = l - m, with x - logsumexp(x) = log_softmax(x) and x - log(1 + e^x) = logsigmoid(x)."""
     shape = broadcast_shapes(a.shape, b.shape)
     while isinstance(b, Apply) and b.operator is EXPAND and broadcast_shapes(a.shape, b.args[0].shape) == shape:
         b = b.args[0]
@@ -89,7 +89,7 @@ def _aligned(total: Apply) -> bool:
 
 
 def negate(a: Term) -> Term:
-    """log(1 / p) = -l, with -log(1 + e^x) = logsigmoid(-x)."""
+    """Rests on log(1 / p) = -l, with -log(1 + e^x) = logsigmoid(-x)."""
     if isinstance(a, Apply) and a.operator is NEGATE:
         return a.args[0]
     if isinstance(a, Apply) and a.operator is PLUS_CONSTANT and a.params["constant"] == 1.0:
@@ -98,36 +98,36 @@ def negate(a: Term) -> Term:
 
 
 def scale(a: Term, factor: float) -> Term:
-    """log p^k = k l."""
+    """Rests on log p^k = k l."""
     if factor == 1.0:
         return a
     return negate(a) if factor == -1.0 else Apply(SCALE, (a,), a.shape, other=factor)
 
 
 def shift(a: Term, constant: float) -> Term:
-    """log(c p) = l + log c, given log c."""
+    """Rests on log(c p) = l + log c, given log c."""
     return a if constant == 0.0 else Apply(SHIFT, (a,), a.shape, other=constant)
 
 
 def log_softmax(a: Term, dim: int) -> Term:
-    """log softmax(x, d)."""
+    """Rests on log softmax(x, d)."""
     return Apply(LOG_SOFTMAX, (a,), a.shape, dim=dim)
 
 
 def logsigmoid(a: Term) -> Term:
-    """log sigmoid(x)."""
+    """Rests on log sigmoid(x)."""
     return Apply(LOG_SIGMOID, (a,), a.shape)
 
 
 def logsumexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
-    """log sum p = logsumexp l. An empty sum is nobody's logarithm."""
+    """Rests on log sum p = logsumexp l. An empty sum is nobody's logarithm."""
     if not dims:
         return a
     return Apply(LOGSUMEXP, (a,), _reduced(a.shape, dims, keepdim), dim=dims, keepdim=keepdim)
 
 
 def logmeanexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
-    """log mean p = logsumexp l - log n."""
+    """Rests on log mean p = logsumexp l - log n."""
     if not dims:
         return a
     shape = _reduced(a.shape, dims, keepdim)
@@ -142,17 +142,17 @@ def _reduced(shape: Shape, dims: tuple[int, ...], keepdim: bool) -> Shape:
 
 
 def logaddexp(a: Term, b: Term) -> Term:
-    """log(p + q)."""
+    """Rests on log(p + q), which is logaddexp(l, m)."""
     return Apply(LOGADDEXP, (a, b), broadcast_shapes(a.shape, b.shape))
 
 
 def plus_constant(a: Term, constant: float) -> Term:
-    """log(p + c) for c > 0."""
+    """Rests on log(p + c) for c > 0."""
     return Apply(PLUS_CONSTANT, (a,), a.shape, constant=constant)
 
 
 def clamp(a: Term, minimum: float | None, maximum: float | None) -> Term:
-    """log clamp(p, a, b) = clamp(l, log a, log b), with bounds above zero."""
+    """Rests on log being increasing: the logarithm of a bounded p is l, bounded by log a and log b; both above zero."""
     if minimum is not None:
         a = Apply(CLAMP_MIN, (a,), a.shape, constant=minimum)
     if maximum is not None:
@@ -176,7 +176,7 @@ def reshape(a: Term, shape: Shape) -> Term:
             for keepdim in (True, False):
                 if shape == _reduced(a.args[0].shape, a.params["dim"], keepdim):
                     return Apply(a.operator, a.args, shape, **{**a.params, "keepdim": keepdim})
-    return Apply(RESHAPE, (a,), shape, shape=shape)
+    return Apply(RESHAPE, (a,), shape, sizes=shape)
 
 
 def rearrange(operator: Operator, args: tuple[Term, ...], shape: Shape, **params: Any) -> Term:

@@ -95,7 +95,7 @@ class Call:
         return value
 
     def dim(self, shape: Shape, name: str = "dim") -> int:
-        """One dimension of `shape`, counted from the front. Raises `Unrecognised` for `None`, names and what is out of range."""
+        """One dimension of `shape`, counted from the front. Raises `Unrecognised` for `None` and what is out of range."""
         return normal_dim(self.arguments[name], len(shape))
 
     def dims(self, shape: Shape, name: str = "dim") -> tuple[int, ...]:

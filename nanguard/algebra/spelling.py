@@ -10,7 +10,15 @@ from typing import Any, final
 __all__ = ["Parameter", "Spelling", "spellings"]
 
 # Torch accepts numpy's names for these, in every function that has them.
-ALIASES = {"axis": "dim", "keepdims": "keepdim", "self": "input", "x": "input", "a": "input", "x1": "input", "x2": "other"}
+ALIASES = {
+    "axis": "dim",
+    "keepdims": "keepdim",
+    "self": "input",
+    "x": "input",
+    "a": "input",
+    "x1": "input",
+    "x2": "other",
+}
 
 _REQUIRED = object()
 
@@ -35,7 +43,6 @@ class Spelling:
         path: dotted name, such as ``torch.nn.functional.softmax``; a property is spelled ``torch.Tensor.T.__get__``.
         parameters: canonical parameter names in the order of this spelling.
         optional: whether older versions of torch may lack it.
-        in_place: whether it writes its result into its first argument.
     """
 
     path: str
@@ -44,6 +51,7 @@ class Spelling:
 
     @property
     def in_place(self) -> bool:
+        """Whether it writes its result into its first argument."""
         name = self.path.rpartition(".")[2]
         return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 

@@ -6,13 +6,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
-__all__ = ["Apply", "Leaf", "Operator", "Shape", "Term", "Unrecognised", "leaves", "map_leaves", "subterms", "untracked"]
+__all__ = [
+    "Apply",
+    "Leaf",
+    "Operator",
+    "Shape",
+    "Term",
+    "Unrecognised",
+    "leaves",
+    "map_leaves",
+    "subterms",
+    "untracked",
+]
 
 Shape: TypeAlias = "tuple[int, ...]"
 
 
-class Unrecognised(Exception):  # noqa: N818 - not an error: it says "nothing is known", and never leaves the algebra
-    """What a law raises where it does not apply: nothing is known about the result."""
+class Unrecognised(Exception):
+    """What a law raises where it does not apply: nothing is known about the result. It never leaves the front ends."""
 
 
 @final

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from nanguard.capture.attributes import SCALARS
 from nanguard.capture.load import Capture
 from nanguard.capture.manifest import MANIFEST, MODULE
-from nanguard.capture.modules import device_of, named_state, plain_name
+from nanguard.capture.modules import named_state, plain_name
 from nanguard.capture.sections import decoded, read_extra
 from nanguard.errors import CaptureError
 
-__all__ = ["apply_attributes", "apply_training", "apply_weights", "moved"]
+__all__ = ["apply_attributes", "apply_training", "apply_weights"]
 
 
 def apply_weights(capture: Capture, module: nn.Module) -> bool:
@@ -27,13 +27,14 @@ def apply_weights(capture: Capture, module: nn.Module) -> bool:
     state = capture.state()
     if state is None:
         return False
+    parts = {plain_name(name): part for name, part in module.named_modules()}
+    _fill_empty_buffers(state, parts)
     live = named_state(module)
-    _compare(capture, state, live, set(capture.manifest["module"].get("transient", ())))
+    _compare(capture, state, live, module)
     with torch.no_grad():
         for name, tensor in live.items():
             if name in state:
                 _assign(tensor, state[name])
-    parts = {plain_name(name): part for name, part in module.named_modules()}
     for name, extra in read_extra(capture.path / MODULE, capture.manifest["module"]).items():
         if name in parts:
             parts[name].set_extra_state(extra)
@@ -53,8 +54,8 @@ def apply_training(capture: Capture, module: nn.Module) -> None:
 def apply_attributes(capture: Capture, module: nn.Module, *, captured: bool) -> list[str]:
     """Gives every submodule its captured plain attributes, and says which ones differ from the module's own.
 
-    Those that had not moved since the captured run began are settings: they stay as the code has them, so that a fix of a setting
-    can be tested.
+    Those that had not moved since the captured run began are settings: they stay as the code has them, so that a fix of a
+    setting can be tested.
     """
     file = capture.path / MANIFEST
     entries = capture.manifest["module"]
@@ -73,18 +74,10 @@ def apply_attributes(capture: Capture, module: nn.Module, *, captured: bool) -> 
     return notes
 
 
-def moved(value: Any, origin: str, device: torch.device) -> Any:
-    """`value` with its tensors on `device`; those that were recorded beside the device of the run stay on the CPU.
-
-    Containers are rebuilt only where they hold a tensor that moves; one tensor stays one tensor.
-    """
-    if device.type == "cpu":
-        return value
-    raise NotImplementedError
-
-
 def _scalars(file: Any, entries: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(entries, list) or not all(isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in entries
+    ):
         raise CaptureError(f"{file}: entry 'module.attributes' is damaged; copy the capture again")
     return {owner: decoded(file, nodes, f"module.attributes of {owner!r}") for owner, nodes in entries}
 
@@ -101,7 +94,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _assign(live: Tensor, captured: Tensor) -> None:
     value = captured.detach()
-    same = live.dtype == value.dtype and live.layout == value.layout
+    same = live.dtype == value.dtype and live.layout == value.layout and live.shape == value.shape
     if same and (live.layout is not torch.strided or live.stride() == value.stride()):
         live.data.copy_(value)
     else:
@@ -110,13 +103,27 @@ def _assign(live: Tensor, captured: Tensor) -> None:
         live.requires_grad_(captured.requires_grad)
 
 
-def _compare(capture: Capture, state: Mapping[str, Tensor], live: Mapping[str, Tensor], transient: set[str]) -> None:
-    missing = [name for name in state if name not in live and name not in transient]
-    unexpected = [name for name in live if name not in state and not _is_buffer_of_code(name, live)]
+def _fill_empty_buffers(state: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> None:
+    """Buffers that were registered as None and filled by a later step are as they were then."""
+    for name, tensor in state.items():
+        owner, _, last = name.rpartition(".")
+        buffers = parts[owner]._buffers if owner in parts else {}
+        if last in buffers and buffers[last] is None:
+            buffers[last] = tensor
+
+
+def _compare(capture: Capture, state: Mapping[str, Tensor], live: Mapping[str, Tensor], module: nn.Module) -> None:
+    # Caches (buffers that are not persistent) may come, go and grow.
+    cached = set(capture.manifest["module"].get("transient", ()))
+    persistent = {plain_name(name) for name in module.state_dict(keep_vars=True)} | dict(
+        module.named_parameters()
+    ).keys()
+    missing = [name for name in state if name not in live and name not in cached]
+    unexpected = [name for name in live if name not in state and name in persistent]
     shapes = [
         f"{name} {tuple(state[name].shape)} -> {tuple(live[name].shape)}"
         for name in state
-        if name in live and state[name].shape != live[name].shape
+        if name in live and name not in cached and state[name].shape != live[name].shape
     ]
     problems = [
         f"{what}: {', '.join(names[:5])}{f', ... ({len(names)} in all)' if len(names) > 5 else ''}"
@@ -128,12 +135,10 @@ def _compare(capture: Capture, state: Mapping[str, Tensor], live: Mapping[str, T
         if names
     ]
     if problems:
+        built = capture.manifest["module"].get("class")
         raise CaptureError(
             f"{capture.path / MODULE}: the captured weights do not fit the module.\n  "
             + "\n  ".join(problems)
-            + f"\n  expected the architecture of {capture.manifest['module'].get('class')}. Build the module as it was then, or replay "
-            "with weights='current' to use the module's own weights"
+            + f"\n  expected the architecture of {built}. Build the module as it was then, or replay with weights='current' to "
+            "use the module's own weights"
         )
-
-
-_ = device_of

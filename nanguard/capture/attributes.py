@@ -13,7 +13,11 @@ SCALARS = (int, float, bool, str, type(None))
 
 
 def scalar_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """The public attributes of every submodule that are an int, float, bool, str or None: submodule name -> attribute -> value."""
+    """The public attributes of every submodule that are an int, float, bool, str or None.
+
+    Returns:
+        Qualified name of the submodule -> name of the attribute -> value; submodules without any are left out.
+    """
     found = {name: only_scalars(part.__dict__) for name, part in module.named_modules()}
     return {name: values for name, values in found.items() if values}
 

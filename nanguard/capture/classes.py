@@ -67,9 +67,13 @@ def resolve(node: dict[str, Any], kind: str) -> Any:
     cls = next((found for entry in candidates if isinstance(found := _find(entry, qualname), type)), None)
     if cls is None:
         where = node.get("script") if module == "__main__" and node.get("script") else f"module {module!r}"
-        raise CaptureError(f"the capture holds a {name!r}, which is not imported; import {where} before reading the batch")
+        raise CaptureError(
+            f"the capture holds a {name!r}, which is not imported; import {where} before reading the batch"
+        )
     if kind_of(cls) != kind:
-        raise CaptureError(f"the capture says that {name!r} is a {kind}, and here it is not; import the code that wrote it")
+        raise CaptureError(
+            f"the capture says that {name!r} is a {kind}, and here it is not; import the code that wrote it"
+        )
     return cls
 
 

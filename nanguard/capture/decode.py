@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import pathlib
 import struct
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -14,57 +15,13 @@ from torch import Tensor
 from nanguard.capture.classes import base_of, resolve
 from nanguard.capture.encode import DEEPEST, attribute_path, entry_path
 from nanguard.capture.tensors import unpack
+from nanguard.capture.unstored import Unstored
 from nanguard.errors import CaptureError
 
-__all__ = ["TreeDecoder", "Unstored"]
+__all__ = ["TreeDecoder"]
 
-_FACTORIES: dict[str, Callable[[], Any]] = {
-    kind.__name__: kind for kind in (list, dict, set, int, float, str, tuple)
-}
+_FACTORIES: dict[str, Callable[[], Any]] = {kind.__name__: kind for kind in (list, dict, set, int, float, str, tuple)}
 _PATHS = ("PurePosixPath", "PureWindowsPath", "PosixPath", "WindowsPath")
-
-
-@final
-class Unstored:
-    """Stands where a value was that the capture could not store. Any use of it raises `CaptureError`.
-
-    Attributes:
-        path, type, reason: what it was called, its class, and why it could not be stored.
-    """
-
-    def __init__(self, path: str, type: str, reason: str) -> None:
-        self.path = path
-        self.type = type
-        self.reason = reason
-
-    def __repr__(self) -> str:
-        return f"<not stored: {self.path} ({self.type}): {self.reason}>"
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__") and name.endswith("__"):  # copying and printing ask for these
-            raise AttributeError(name)
-        self._refuse()
-
-    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
-        self._refuse()
-
-    def __getitem__(self, key: object) -> NoReturn:
-        self._refuse()
-
-    def __iter__(self) -> NoReturn:
-        self._refuse()
-
-    def __len__(self) -> NoReturn:
-        self._refuse()
-
-    def __bool__(self) -> NoReturn:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise CaptureError(
-            f"{self.path} ({self.type}) is needed and was not stored: {self.reason}; "
-            f"give it with replay(..., fill={{{self.path!r}: value}})"
-        )
 
 
 @final
@@ -75,16 +32,24 @@ class TreeDecoder:
         file: named in messages.
         tensors: name -> tensor of the safetensors file.
         fill: path -> value to use in its place.
+        place: recorded device -> where the tensor goes; without it all stay on the CPU.
 
     Attributes:
         filled: the paths of `fill` that were met.
     """
 
-    def __init__(self, file: pathlib.Path, tensors: Mapping[str, Tensor], fill: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        file: pathlib.Path,
+        tensors: Mapping[str, Tensor],
+        fill: Mapping[str, Any] | None = None,
+        place: Callable[[torch.device], torch.device] | None = None,
+    ) -> None:
         self.filled: set[str] = set()
         self._file = file
         self._tensors = tensors
         self._fill = dict(fill or {})
+        self._place = place
         self._same: dict[int, Any] = {}
         self._depth = 0
 
@@ -105,11 +70,15 @@ class TreeDecoder:
                 raise ValueError("it is nested too deeply")
             value = self._decode(node, path)
         except CaptureError as error:
-            raise error if str(error).startswith(str(self._file)) else CaptureError(f"{self._file}: {path}: {error}") from None
+            raise (
+                error if str(error).startswith(str(self._file)) else CaptureError(f"{self._file}: {path}: {error}")
+            ) from None
         except Exception as error:
             # Whatever a damaged file leads to, the reader learns which entry of which file is to blame.
             reason = f"{type(error).__name__}: {error}"
-            raise CaptureError(f"{self._file}: {path}: this entry is damaged ({reason}); copy the capture again") from None
+            raise CaptureError(
+                f"{self._file}: {path}: this entry is damaged ({reason}); copy the capture again"
+            ) from None
         finally:
             self._depth -= 1
         if "id" in node:
@@ -129,7 +98,12 @@ class TreeDecoder:
         return method(self, node, path)
 
     def _tensor(self, node: dict[str, Any], path: str) -> Tensor:
-        return unpack(node, self._get)
+        tensor = unpack(node, self._get)
+        device = tensor.device if self._place is None else self._place(torch.device(node["device"]))
+        if device == tensor.device:
+            return tensor
+        moved = tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+        return torch.nn.Parameter(moved, moved.requires_grad) if isinstance(tensor, torch.nn.Parameter) else moved
 
     def _get(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -154,7 +128,7 @@ class TreeDecoder:
     def _objects(self, node: dict[str, Any], path: str) -> Any:
         import numpy
 
-        flat = numpy.empty(len(node["items"]), dtype=object)
+        flat: Any = numpy.empty(len(node["items"]), dtype=object)
         flat[:] = self._sequence(node, path)
         return flat.reshape(node["shape"])
 
@@ -169,7 +143,9 @@ class TreeDecoder:
         names = cls._fields
         if len(names) != len(node["items"]):
             raise CaptureError(f"{node['class']} has {len(names)} fields here, and {len(node['items'])} in the capture")
-        values = [self.decode(entry, attribute_path(path, name)) for name, entry in zip(names, node["items"], strict=True)]
+        values = [
+            self.decode(entry, attribute_path(path, name)) for name, entry in zip(names, node["items"], strict=True)
+        ]
         return tuple.__new__(cls, values)
 
     def _mapping(self, node: dict[str, Any], path: str) -> Any:
@@ -209,7 +185,7 @@ class TreeDecoder:
     def _attributes(self, target: Any, node: dict[str, Any], path: str, data: str | None = None) -> None:
         fields = getattr(type(target), "__dataclass_fields__", {})
         own = getattr(target, "__dict__", None)
-        for name, entry in node["attributes"]:
+        for name, entry in node.get("attributes", ()):
             inside = data if data is not None and name == "data" else attribute_path(path, name)
             value = self.decode(entry, inside)
             if name.startswith("__") or not isinstance(name, str):
@@ -220,14 +196,16 @@ class TreeDecoder:
                 object.__setattr__(target, name, value)
 
     def _enum(self, node: dict[str, Any], path: str) -> Any:
-        members = resolve(node, "enum").__members__
-        names = node["members"]
-        if not names or any(name not in members for name in names):
+        cls = resolve(node, "enum")
+        members, names = cls.__members__, node["members"]
+        if not members or any(name not in members for name in names) or (not names and not issubclass(cls, enum.Flag)):
             raise CaptureError(f"{node['class']} has no members {names}; it has {', '.join(members)}")
-        result = members[names[0]]
+        first = members[names[0]] if names else next(iter(members.values()))
+        if not names:
+            return first ^ first  # the empty flag
         for name in names[1:]:
-            result |= members[name]
-        return result
+            first |= members[name]
+        return first
 
     def _reference(self, node: dict[str, Any], path: str) -> Any:
         return self._same[node["as"]]

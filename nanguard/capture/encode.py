@@ -45,8 +45,8 @@ class TreeEncoder:
 
     Attributes:
         tensors: name -> contiguous CPU tensor, to be written into one safetensors file.
-        missing: what could not be stored: ``{"path", "type", "reason", "optional"}``. Private attributes of library objects are optional:
-            a step seldom needs them.
+        missing: what could not be stored: ``{"path", "type", "reason", "optional"}``. Private attributes of dictionary classes
+            are optional: a step seldom needs them.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class TreeEncoder:
         self._optional = 0
 
     def encode(self, value: Any, path: str) -> Any:
-        """The node of `value`, which is called `path` in messages. Never raises: what cannot be stored becomes a `missing` node."""
+        """The node of `value`, which messages call `path`. Never raises: what cannot be stored becomes a `missing` node."""
         if value is None or type(value) in (bool, str):
             return value
         if type(value) is int:
@@ -79,7 +79,9 @@ class TreeEncoder:
             node = self._encode(value, path)
         except Exception as error:
             # A capture is written while a run is failing: one value that cannot be read must not cost the others.
-            return self._miss(value, path, str(error) if isinstance(error, Unstorable) else f"{type(error).__name__}: {error}")
+            return self._miss(
+                value, path, str(error) if isinstance(error, Unstorable) else f"{type(error).__name__}: {error}"
+            )
         finally:
             self._open.discard(id(value))
         self._nodes[id(value)] = node
@@ -126,11 +128,14 @@ class TreeEncoder:
             names = cls._fields
             if len(names) != len(value):
                 raise Unstorable("its length is not that of its fields")
-            node["items"] = [self.encode(entry, attribute_path(path, name)) for name, entry in zip(names, value, strict=True)]
+            node["items"] = [
+                self.encode(entry, attribute_path(path, name)) for name, entry in zip(names, value, strict=True)
+            ]
         else:
             if kind == "mapping":
                 self._mapping(value, path, node)
-            node["attributes"] = self._attributes(value, path, kind)
+            if attributes := self._attributes(value, path, kind):
+                node["attributes"] = attributes
         return node
 
     def _mapping(self, value: Any, path: str, node: dict[str, Any]) -> None:
@@ -139,20 +144,27 @@ class TreeEncoder:
         node["items"] = []
         # The built-in iterator: a subclass may compute its items anew on each access.
         for key, entry in list(base.items(value)):
-            try:
-                node["items"].append([self._key(key), self.encode(entry, entry_path(path, key))])
-            except Unstorable as error:
-                self._miss(entry, f"{path}[{type(key).__name__} key]", f"its key cannot be stored: {error}")
+            self._entry(key, entry, path, node["items"])
         factory = getattr(value, "default_factory", None) if base.__name__ == "defaultdict" else None
         if factory is not None:
             node["factory"] = _FACTORIES.get(factory)
             if node["factory"] is None:
                 self._optionally(factory, attribute_path(path, "default_factory"))
 
+    def _entry(self, key: Any, entry: Any, path: str, items: list[Any]) -> None:
+        try:
+            items.append([self._key(key), self.encode(entry, entry_path(path, key))])
+        except Unstorable as error:
+            self._miss(entry, f"{path}[{type(key).__name__} key]", f"its key cannot be stored: {error}")
+
     def _attributes(self, value: Any, path: str, kind: str) -> list[list[Any]]:
         own = dict(getattr(value, "__dict__", {}))
         if dataclasses.is_dataclass(value):  # one with slots has no dictionary
-            own.update((field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if hasattr(value, field.name))
+            own.update(
+                (field.name, getattr(value, field.name))
+                for field in dataclasses.fields(value)
+                if hasattr(value, field.name)
+            )
         nodes = []
         for name, entry in own.items():
             # What a UserDict wraps is what it is.
@@ -188,7 +200,13 @@ class TreeEncoder:
             raise Unstorable(f"an array of dtype {array.dtype}")
         order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
         raw = array.tobytes(order)
-        node = {"kind": "ndarray", "dtype": array.dtype.str, "shape": list(array.shape), "order": order, "scalar": scalar}
+        node = {
+            "kind": "ndarray",
+            "dtype": array.dtype.str,
+            "shape": list(array.shape),
+            "order": order,
+            "scalar": scalar,
+        }
         stored = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
         node["name"] = self._put(stored, path)
         return node
@@ -219,7 +237,12 @@ class TreeEncoder:
 
     def _miss(self, value: Any, path: str, reason: str) -> dict[str, Any]:
         cls = type(value)
-        entry = {"path": path, "type": f"{cls.__module__}.{cls.__qualname__}", "reason": reason, "optional": self._optional > 0}
+        entry = {
+            "path": path,
+            "type": f"{cls.__module__}.{cls.__qualname__}",
+            "reason": reason,
+            "optional": self._optional > 0,
+        }
         self.missing.append(entry)
         return {"kind": "missing", **entry}
 

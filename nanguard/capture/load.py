@@ -14,6 +14,7 @@ from nanguard.errors import CaptureError
 from nanguard.incident import Incident
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from nanguard.rng import RngState
@@ -45,7 +46,9 @@ class Capture:
 
     def __repr__(self) -> str:
         incident = self.incident
-        return f"<Capture {self.path}: step {self.step}, epoch {self.epoch}, batch {self.batch_idx}, {incident.trigger}>"
+        return (
+            f"<Capture {self.path}: step {self.step}, epoch {self.epoch}, batch {self.batch_idx}, {incident.trigger}>"
+        )
 
     @cached_property
     def incident(self) -> Incident:
@@ -79,7 +82,9 @@ class Capture:
         try:
             return None if loss is None else float(loss)
         except (TypeError, ValueError):
-            raise CaptureError(f"{self.path / MANIFEST}: entry 'step.loss': found {loss!r}; expected a number") from None
+            raise CaptureError(
+                f"{self.path / MANIFEST}: entry 'step.loss': found {loss!r}; expected a number"
+            ) from None
 
     @property
     def versions(self) -> dict[str, str]:
@@ -137,11 +142,26 @@ class Capture:
         held = self.manifest.get("optimizers")
         return self.optimizers() if isinstance(held, dict) and held.get("whole") else None
 
-    def arguments(self, fill: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A fresh copy of the arguments of the step, which the step may edit, with `fill` (path -> value) in its place."""
-        from nanguard.capture.sections import read_arguments
+    def arguments(
+        self, fill: Mapping[str, Any] | None = None, device: torch.device | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A fresh copy of the positional and keyword arguments of the step, which the step may edit.
 
-        return read_arguments(self.path / BATCH, self.manifest["args"], self.manifest["kwargs"], fill or {}, self.missing)
+        Args:
+            fill: path -> value to use in its place.
+            device: where tensors go that were on the device of the module; those that stood beside it stay on the CPU.
+        """
+        from nanguard.capture.sections import CPU, read_arguments
+
+        module_device = self.manifest["module"].get("device")
+
+        def place(recorded: torch.device) -> torch.device:
+            return device if device is not None and recorded.type in ("cuda", module_device) else CPU
+
+        fill = fill or {}
+        return read_arguments(
+            self.path / BATCH, self.manifest["args"], self.manifest["kwargs"], fill, self.missing, place
+        )
 
     def state(self) -> dict[str, Tensor] | None:
         """All parameters and buffers by name, also those that `state_dict` leaves out, or `None`."""

@@ -96,8 +96,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """Reads and checks the manifest of the capture at `path`.
 
     Raises:
-        CaptureError: where there is no capture, or its manifest is damaged, incomplete or of another format version; the message
-            names the file and the entry.
+        CaptureError: where there is no capture, or its manifest is damaged, incomplete or of another format version; the
+            message names the file and the entry.
     """
     folder = Path(path)
     _expect_capture(folder)
@@ -171,7 +171,7 @@ def _check_files(folder: Path, files: dict[str, Any]) -> None:
             raise CaptureError(f"{file}: is missing; the capture is incomplete, copy it again")
         if file.stat().st_size != files[name]:
             raise CaptureError(
-                f"{file}: has {file.stat().st_size} bytes, expected {files[name]}; the file is truncated or damaged, copy it again"
+                f"{file}: found {file.stat().st_size} bytes; expected {files[name]}; it is truncated or damaged, copy it again"
             )
 
 

@@ -14,6 +14,8 @@ from nanguard.sentinel import all_finite
 
 __all__ = ["Ended", "Optimizers"]
 
+_ADVICE = "replay with the code that wrote it, or with optimizer='current'"
+
 
 @final
 class Ended(BaseException):
@@ -123,16 +125,15 @@ def _load(optimizers: list[Any], states: Iterable[dict[str, Any]]) -> None:
     states = list(states)
     if len(states) != len(optimizers):
         raise CaptureError(
-            f"configure_optimizers returns {len(optimizers)} optimizers here, and the capture holds the state of {len(states)}; "
-            "replay with the code that wrote it, or with optimizer='current'"
+            f"configure_optimizers returns {len(optimizers)} optimizers here, and the capture holds {len(states)}; {_ADVICE}"
         )
     for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
-        try:
-            optimizer.load_state_dict(state)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CaptureError(
-                f"optimizer {index} ({type(optimizer).__name__}): the captured state does not fit: {error}; "
-                "replay with the code that wrote it, or with optimizer='current'"
-            ) from None
+        _load_one(index, optimizer, state)
 
 
+def _load_one(index: int, optimizer: Any, state: dict[str, Any]) -> None:
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        kind = type(optimizer).__name__
+        raise CaptureError(f"optimizer {index} ({kind}): the captured state does not fit: {error}; {_ADVICE}") from None

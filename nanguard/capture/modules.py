@@ -65,8 +65,15 @@ def _weights(module: nn.Module, encoder: TreeEncoder, overrides: Mapping[str, Te
         # One object stays one object, so that tied weights come back tied.
         tensor = replaced.setdefault(id(live), before.get(name, live))
         nodes.append([name, encoder.encode(_with_flag(tensor, live, replaced), name)])
-    extra = [[name, encoder.encode(part.get_extra_state(), f"{name}.extra_state")] for name, part in _with_extra(module)]
-    return {"state": nodes, "transient": [name for name, _ in nodes if name not in persistent], "extra": extra, "missing": encoder.missing}
+    extra = [
+        [name, encoder.encode(part.get_extra_state(), f"{name}.extra_state")] for name, part in _with_extra(module)
+    ]
+    return {
+        "state": nodes,
+        "transient": [name for name, _ in nodes if name not in persistent],
+        "extra": extra,
+        "missing": encoder.missing,
+    }
 
 
 def _with_flag(tensor: Tensor, live: Tensor, replaced: dict[int, Tensor]) -> Tensor:
@@ -80,7 +87,9 @@ def _with_flag(tensor: Tensor, live: Tensor, replaced: dict[int, Tensor]) -> Ten
 
 def _with_extra(module: nn.Module) -> list[tuple[str, nn.Module]]:
     named = module.named_modules()
-    return [(plain_name(name), part) for name, part in named if type(part).get_extra_state is not nn.Module.get_extra_state]
+    return [
+        (plain_name(name), part) for name, part in named if type(part).get_extra_state is not nn.Module.get_extra_state
+    ]
 
 
 def encoded(values: Mapping[str, Any]) -> list[list[Any]]:

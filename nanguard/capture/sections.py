@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -10,11 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanguard.capture.decode import TreeDecoder, Unstored
+from nanguard.capture.decode import TreeDecoder
+from nanguard.capture.unstored import Unstored
 from nanguard.errors import CaptureError
 from nanguard.rng import RngState
 
-__all__ = ["decoded", "read_arguments", "read_extra", "read_optimizers", "read_rng", "read_state"]
+__all__ = ["CPU", "decoded", "read_arguments", "read_extra", "read_optimizers", "read_rng", "read_state"]
+
+CPU = torch.device("cpu")
 
 
 @final
@@ -24,15 +27,19 @@ class _TensorFile(Mapping[str, Tensor]):
     def __init__(self, file: Path) -> None:
         self._file = file
         self._open: Any = None
+        self._names: frozenset[str] = frozenset()
 
     def _handle(self) -> Any:
         if self._open is None:
             try:
                 self._open = safe_open(self._file, framework="pt", device="cpu")
+                self._names = frozenset(self._open.keys())
             except FileNotFoundError:
                 raise CaptureError(f"{self._file}: is missing; the capture is incomplete, copy it again") from None
             except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-                raise CaptureError(f"{self._file}: cannot be read as safetensors: {error}; copy the capture again") from None
+                raise CaptureError(
+                    f"{self._file}: cannot be read as safetensors: {error}; copy the capture again"
+                ) from None
         return self._open
 
     def __getitem__(self, name: str) -> Tensor:
@@ -42,13 +49,16 @@ class _TensorFile(Mapping[str, Tensor]):
         return tensor
 
     def __contains__(self, name: object) -> bool:
-        return name in self._handle().keys()  # noqa: SIM118: the handle is no mapping
+        self._handle()
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._handle().keys())
+        self._handle()
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._handle().keys())
+        self._handle()
+        return len(self._names)
 
 
 def decoded(file: Path, entries: Any, what: str, decoder: TreeDecoder | None = None) -> dict[str, Any]:
@@ -58,20 +68,29 @@ def decoded(file: Path, entries: Any, what: str, decoder: TreeDecoder | None = N
         CaptureError: where an entry is damaged.
     """
     decoder = decoder or TreeDecoder(file, {})
-    if not isinstance(entries, list) or not all(isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in entries
+    ):
         raise CaptureError(f"{file}: entry {what!r}: expected a list of names and values; the file is damaged")
     return {name: decoder.decode(node, name) for name, node in entries}
 
 
 def read_arguments(
-    file: Path, args: Any, kwargs: Any, fill: Mapping[str, Any], missing: tuple[dict[str, Any], ...]
+    file: Path,
+    args: Any,
+    kwargs: Any,
+    fill: Mapping[str, Any],
+    missing: tuple[dict[str, Any], ...],
+    place: Callable[[torch.device], torch.device] | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the step; raises `CaptureError` for a damaged entry and for a `fill` that names nothing."""
-    decoder = TreeDecoder(file, _TensorFile(file), fill)
+    decoder = TreeDecoder(file, _TensorFile(file), fill, place)
     items = args.get("items")
     if not isinstance(items, list):
         raise CaptureError(f"{file}: entry 'args' is damaged; copy the capture again")
-    positional = tuple(decoder.decode(node, "batch" if index == 0 else f"args[{index}]") for index, node in enumerate(items))
+    positional = tuple(
+        decoder.decode(node, "batch" if index == 0 else f"args[{index}]") for index, node in enumerate(items)
+    )
     named = decoded(file, kwargs.get("items"), "kwargs", decoder)
     unused = sorted(set(fill) - decoder.filled)
     if unused:
@@ -118,7 +137,9 @@ def read_optimizers(file: Path, entry: Any) -> list[dict[str, Any]] | None:
     """The states of the optimizers, or `None` where none are held."""
     if entry is None:
         return None
-    states = TreeDecoder(file, _TensorFile(file)).decode(entry.get("states") if isinstance(entry, dict) else entry, "optimizers")
+    states = TreeDecoder(file, _TensorFile(file)).decode(
+        entry.get("states") if isinstance(entry, dict) else entry, "optimizers"
+    )
     if not isinstance(states, list) or not all(isinstance(state, dict) and "param_groups" in state for state in states):
         raise CaptureError(f"{file}: entry 'optimizers' is damaged; copy the capture again")
     return states

@@ -43,7 +43,7 @@ def version_notes(then: Mapping[str, Any], machine_then: Mapping[str, Any], devi
 
 
 def current_settings() -> dict[str, Any]:
-    """torch's global settings that decide bits, as JSON values."""
+    """The global settings of torch that decide bits, as JSON values."""
     found = {}
     for name, (get, _) in _SETTINGS.items():
         with contextlib.suppress(RuntimeError, AttributeError):  # not in this build, or old and new TF32 switches mixed

@@ -56,7 +56,13 @@ class TrainerStandIn:
     ) -> None:
         self.global_step, self.current_epoch, self.global_rank, self.local_rank = step, epoch, rank, rank
         self.is_global_zero, self.world_size, self.num_devices, self.num_nodes = rank == 0, 1, 1, 1
-        self.training, self.sanity_checking, self.validating, self.testing, self.predicting = True, False, False, False, False
+        self.training, self.sanity_checking, self.validating, self.testing, self.predicting = (
+            True,
+            False,
+            False,
+            False,
+            False,
+        )
         self.barebones, self.should_stop, self.is_last_batch = False, False, False
         self.logger, self.loggers = _Sink(), [_Sink()]
         self.callbacks: list[Any] = []

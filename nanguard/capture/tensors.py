@@ -12,8 +12,10 @@ __all__ = ["Unstorable", "pack", "unpack"]
 
 # What every safetensors reader knows; the rest is stored as integers of the same width, or as real numbers.
 _NATIVE = frozenset(
-    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool]
-    + [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+    [
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    ]
 )
 _BY_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SPARSE = {
@@ -35,7 +37,8 @@ def pack(tensor: Tensor, put: Callable[[Tensor, str], str]) -> dict[str, Any]:
 
     Args:
         tensor: any plain tensor or parameter.
-        put: called with a contiguous CPU tensor of a dtype that safetensors knows, and a suffix; returns the name it is stored under.
+        put: called with a contiguous CPU tensor of a dtype that safetensors knows, and a suffix; returns the name that it
+            is stored under.
 
     Raises:
         Unstorable: where the tensor is of an unknown subclass, quantized, nested, on the meta device or of an unknown dtype.
@@ -53,7 +56,7 @@ def pack(tensor: Tensor, put: Callable[[Tensor, str], str]) -> dict[str, Any]:
         node.update(_pack_dense(plain, put, ""))
     else:
         node["layout"] = str(plain.layout)[6:]
-        node["parts"] = {name: _pack_dense(part.contiguous(), put, f".{name}") for name, part in _parts(plain).items()}
+        node["parts"] = {name: _pack_dense(part.clone(memory_format=torch.contiguous_format), put, f".{name}") for name, part in _parts(plain).items()}
         if plain.layout is torch.sparse_coo:
             node["coalesced"] = plain.is_coalesced()
     return node
@@ -68,10 +71,7 @@ def unpack(node: dict[str, Any], get: Callable[[str], Tensor]) -> Tensor:
     dtype, shape = getattr(torch, node["dtype"]), node["shape"]
     if not isinstance(dtype, torch.dtype) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"found dtype {node['dtype']!r} and shape {shape!r}; expected those of a tensor")
-    if "layout" not in node:
-        tensor = _unpack_dense(node, dtype, shape, get)
-    else:
-        tensor = _unpack_sparse(node, dtype, shape, get)
+    tensor = (_unpack_sparse if "layout" in node else _unpack_dense)(node, dtype, shape, get)
     if node.get("parameter"):
         return torch.nn.Parameter(tensor, requires_grad=bool(node.get("requires_grad")))
     return tensor.requires_grad_(bool(node.get("requires_grad")))
@@ -139,9 +139,7 @@ def _as_native(values: Tensor) -> Tensor:
         raise Unstorable(f"a tensor of dtype {values.dtype}") from None
 
 
-def _unpack_dense(
-    node: dict[str, Any], dtype: torch.dtype, shape: list[int], get: Callable[[str], Tensor]
-) -> Tensor:
+def _unpack_dense(node: dict[str, Any], dtype: torch.dtype, shape: list[int], get: Callable[[str], Tensor]) -> Tensor:
     strides = node.get("stride")
     once = list(shape)
     if strides is not None:
@@ -154,14 +152,14 @@ def _unpack_dense(
     if stored.dtype != native or stored.shape != expected:
         raise ValueError(f"found {stored.dtype} {tuple(stored.shape)}; expected {native} {expected}")
     # A copy of its own: memory that the allocator aligned, as the original's was, and nobody else's.
-    values = torch.empty_strided(once, strides if strides is not None else _contiguous_strides(tuple(once)), dtype=dtype)
+    values = torch.empty_strided(
+        once, strides if strides is not None else _contiguous_strides(tuple(once)), dtype=dtype
+    )
     (values if dtype in _NATIVE else _as_native(values)).copy_(stored)
     return values.expand(shape) if once != list(shape) else values
 
 
-def _unpack_sparse(
-    node: dict[str, Any], dtype: torch.dtype, shape: list[int], get: Callable[[str], Tensor]
-) -> Tensor:
+def _unpack_sparse(node: dict[str, Any], dtype: torch.dtype, shape: list[int], get: Callable[[str], Tensor]) -> Tensor:
     parts = {name: get(part["name"]) for name, part in node["parts"].items()}
     tensors = {name: part.clone() for name, part in parts.items()}
     if dtype not in _NATIVE:
@@ -171,7 +169,11 @@ def _unpack_sparse(
     # Indices out of range would read foreign memory later on.
     if layout is torch.sparse_coo:
         return torch.sparse_coo_tensor(
-            tensors["indices"], tensors["values"], shape, is_coalesced=bool(node.get("coalesced")), check_invariants=True
+            tensors["indices"],
+            tensors["values"],
+            shape,
+            is_coalesced=bool(node.get("coalesced")),
+            check_invariants=True,
         )
     if layout not in _SPARSE:
         raise ValueError(f"found layout {node['layout']!r}")
@@ -193,7 +195,9 @@ def _restorable(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     if len(shape) != len(strides) or not all(type(stride) is int and 0 <= stride < 2**62 for stride in strides):
         return False
     span, numel = 1, 1
-    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1 and stride):
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1 and stride
+    ):
         if stride < span:
             return False
         span += (size - 1) * stride

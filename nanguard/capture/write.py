@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -47,12 +47,12 @@ class StepSnapshot:
         args, kwargs: what `training_step` was called with, the batch first.
         rng: the generators just before the step.
         module: the live module.
-        buffers: qualified name -> value from before the step, of any buffers and parameters that have moved since; the others are read
-            from `module`.
-        attributes: submodule name -> attribute -> value from before the step, like those of `scalar_attributes`; `None` reads them
-            from `module`.
-        initial_attributes: the same when the run began. Those that have not moved since are settings, which belong to the code: a
-            replay leaves them as the code has them. `None`: all are replayed.
+        buffers: qualified name -> value from before the step, of any buffers and parameters that have moved since; the others
+            are read from `module`.
+        attributes: submodule name -> attribute -> value from before the step, like those of `scalar_attributes`; `None` reads
+            them from `module`.
+        initial_attributes: the same when the run began. Those that have not moved since are settings, which belong to the
+            code: a replay leaves them as the code has them. `None`: all are replayed.
         optimizers: the optimizers, in the order of `configure_optimizers`.
         precision: ``{"autocast_device": "cuda", "autocast_dtype": "bfloat16"}``, optionally with ``default_dtype``, or `None`.
         stabilize: ``{"enabled": bool, "epsilon": str}``.
@@ -135,7 +135,9 @@ def write_capture(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _build(snapshot: StepSnapshot, module: bool, optimizer: bool) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+def _build(
+    snapshot: StepSnapshot, module: bool, optimizer: bool
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     batch, rng, model, state = TreeEncoder(), TreeEncoder(), TreeEncoder(), TreeEncoder()
     device = device_of(snapshot.module)
     manifest: dict[str, Any] = {
@@ -218,8 +220,8 @@ def _check_size(folder: Path, files: Mapping[str, Mapping[str, Tensor]], most: f
     needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     if held + needed > most * _GIB:
         raise CaptureLimitReached(
-            f"{folder}: holds {held / _GIB:.3g} GiB, this capture needs {needed / _GIB:.3g} GiB more, and capture.max_gib is {most:g}; "
-            "it is not written. Move some captures away, raise capture.max_gib or set capture.model to false"
+            f"{folder}: holds {held / _GIB:.3g} GiB, this capture needs {needed / _GIB:.3g} GiB more, and capture.max_gib is "
+            f"{most:g}; it is not written. Move some captures away, raise capture.max_gib or set capture.model to false"
         )
 
 
@@ -235,6 +237,7 @@ def _fill(
     for name, tensors in files.items():
         file = partial / name
         save_file(dict(tensors), file)
+        file.chmod(partial.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
         _sync(file)
         sizes[name] = file.stat().st_size
     manifest["files"] = sizes
@@ -261,7 +264,7 @@ def _write_manifest(file: Path, manifest: dict[str, Any]) -> None:
         os.fsync(stream.fileno())
 
 
-def _candidates(path: Path) -> Any:
+def _candidates(path: Path) -> Iterator[Path]:
     number = 1
     while True:
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")

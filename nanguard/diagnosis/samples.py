@@ -52,7 +52,7 @@ def failing_samples(size: int, fails: Fails, *, most_runs: int = 40) -> tuple[in
     Returns:
         Positions in ascending order, or `None` where the search ran out of runs before it found one.
     """
-    search = _Search(fails, most_runs)
+    search = _Search(size, fails, most_runs)
     found: list[int] = []
     rest = list(range(size))
     try:
@@ -70,33 +70,38 @@ class _OutOfRuns(Exception):
 
 
 class _Search:
-    def __init__(self, fails: Fails, most_runs: int) -> None:
+    def __init__(self, size: int, fails: Fails, most_runs: int) -> None:
+        self._size = size
         self._test = fails
         self._left = most_runs
         self._healthy: list[int] = []
-        self._known: dict[tuple[int, ...], bool] = {}
+        self._known: dict[tuple[int, ...], bool | None] = {}
 
     def fails(self, positions: Sequence[int]) -> bool:
+        """Whether a sub-batch fails. One that is too small to run is filled up with samples that are known to be healthy."""
+        answer = self._run(positions)
+        for padding in (1, 3):
+            if answer is not None:
+                break
+            extra = [position for position in self._healthy_beside(positions) if position not in positions][:padding]
+            answer = self._run([*positions, *extra]) if len(extra) == padding else None
+        return bool(answer)
+
+    def _run(self, positions: Sequence[int]) -> bool | None:
         key = tuple(positions)
         if key not in self._known:
-            self._known[key] = self._run(key)
-            if not self._known[key] and len(key) > len(self._healthy):
-                self._healthy = list(key)
-        return self._known[key]
-
-    def _run(self, positions: tuple[int, ...]) -> bool:
-        for padding in (0, 1, 3):
-            # A batch too small to run is filled up with samples that are known to be healthy.
-            extra = [position for position in self._healthy if position not in positions][:padding]
-            if len(extra) < padding:
-                break
             if self._left <= 0:
                 raise _OutOfRuns
             self._left -= 1
-            answer = self._test((*positions, *extra))
-            if answer is not None:
-                return answer
-        return False
+            self._known[key] = self._test(key)
+            if self._known[key] is False and len(key) > len(self._healthy):
+                self._healthy = list(key)
+        return self._known[key]
+
+    def _healthy_beside(self, positions: Sequence[int]) -> list[int]:
+        if not self._healthy:
+            self._run([position for position in range(self._size) if position not in positions])
+        return self._healthy
 
     def shrink(self, failing: list[int]) -> list[int]:
         """A minimal failing subset of a failing set."""

@@ -63,7 +63,7 @@ class Trace(TorchDispatchMode):
     """
 
     def __init__(self, root: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._names = {id(module): name for name, module in root.named_modules()}
         self._stack: list[str] = [""]
         self._records: list[_Record] = []
@@ -87,7 +87,7 @@ class Trace(TorchDispatchMode):
             del self._stack[1:]
 
     def _place(self, module: nn.Module) -> str:
-        return self._names.get(id(module), self._stack[-1])
+        return str(self._names.get(id(module), self._stack[-1]))
 
     def _leave(self) -> None:
         if len(self._stack) > 1:
@@ -112,7 +112,7 @@ class Trace(TorchDispatchMode):
         record = _Record(self._count, _op_name(func), self._stack[-1], None, node is not None, sequence)
         if node is None:
             record.frame = user_frame()
-            self._forward.setdefault(torch.autograd._get_sequence_nr() - 1, record)  # type: ignore[attr-defined]
+            self._forward.setdefault(torch.autograd._get_sequence_nr() - 1, record)
         bad = [tensor for tensor in outputs if not _finite(tensor)]
         if not bad:
             return
@@ -223,4 +223,4 @@ def _finite(tensor: Tensor) -> bool:
 def _storage(tensor: Tensor) -> int:
     if tensor.layout is not torch.strided:
         return id(tensor)
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

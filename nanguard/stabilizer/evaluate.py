@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanguard.algebra import Apply, Leaf, Term, leaves
+from nanguard.algebra import Leaf, Term, leaves
 from nanguard.algebra.build import LOG_SOFTMAX, SOFTMAX
 from nanguard.stabilizer.resolve import function
 
@@ -41,8 +41,8 @@ def evaluate(term: Term, dtype: torch.dtype, *, private: bool = False) -> Tensor
 
 
 def is_fresh(term: Term) -> bool:
-    """Whether the value is memory of its own that no derivative has saved."""
-    return isinstance(term, Apply) and term.operator.fresh
+    """Whether the value, if private, is memory of its own that no derivative has saved."""
+    return isinstance(term, Leaf) or term.operator.fresh
 
 
 def _value(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Stable functions of logarithms that torch lacks, or whose derivative in torch is NaN at -inf.
 
-`l` is the logarithm of a tensor throughout; every function takes and gives real floating tensors of any shape, and its derivative
-is finite wherever the function is, including at l = -inf, which stands for a probability of exactly 0.
+`l` is the logarithm of a tensor throughout; every function takes and gives real floating tensors of any shape, and its
+derivative is never NaN at l = -inf, which stands for a probability of exactly 0.
 """
 
 from __future__ import annotations
@@ -12,11 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["clamp_max", "clamp_min", "floor_zero", "index", "logaddexp", "logmeanexp", "logsumexp", "plus_constant"]
+__all__ = [
+    "clamp_max",
+    "clamp_min",
+    "floor_zero",
+    "index",
+    "logaddexp",
+    "logmeanexp",
+    "logsumexp",
+    "plus_constant",
+    "reshape",
+]
 
 
 def logsumexp(l: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:  # noqa: E741
-    """log sum exp(l) over `dim`. Where all of l is -inf, the result is -inf and the derivative 0 (torch: NaN).
+    """The logarithm of sum exp(l) over `dim`. Where all of l is -inf, the result is -inf and the derivative 0 (torch: NaN).
 
     The result shares no memory with `l`, and no derivative has saved `l` itself.
     """
@@ -26,34 +36,39 @@ def logsumexp(l: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:
 
 
 def logmeanexp(l: Tensor, dim: tuple[int, ...], keepdim: bool = False, *, count: int) -> Tensor:  # noqa: E741
-    """log mean exp(l) over `dim`, which have `count` elements in all; otherwise as `logsumexp`."""
+    """The logarithm of mean exp(l) over `dim`, which have `count` elements in all; otherwise as `logsumexp`."""
     return logsumexp(l, dim, keepdim) - math.log(count)
 
 
 def logaddexp(l: Tensor, m: Tensor) -> Tensor:  # noqa: E741
-    """log(exp(l) + exp(m)), with broadcasting. Where both are -inf, the result is -inf and the derivative 0 (torch: NaN)."""
+    """The logarithm of exp(l) + exp(m), with broadcasting. Where both are -inf, so is it, with derivative 0 (torch: NaN)."""
     dead = (l.detach() == -math.inf) & (m.detach() == -math.inf)
     return torch.logaddexp(l.masked_fill(dead, 0.0), m.masked_fill(dead, 0.0)).masked_fill(dead, -math.inf)
 
 
 def plus_constant(l: Tensor, constant: float) -> Tensor:  # noqa: E741
-    """log(exp(l) + constant) for a constant above 0."""
+    """The logarithm of exp(l) + constant for a constant above 0."""
     return torch.logaddexp(l, l.new_full((), math.log(constant)))
 
 
 def clamp_min(l: Tensor, constant: float) -> Tensor:  # noqa: E741
-    """log of exp(l) bounded from below by a constant above 0."""
+    """The logarithm of exp(l) bounded from below by a constant above 0."""
     return torch.clamp(l, min=math.log(constant))
 
 
 def clamp_max(l: Tensor, constant: float) -> Tensor:  # noqa: E741
-    """log of exp(l) bounded from above by a constant above 0."""
+    """The logarithm of exp(l) bounded from above by a constant above 0."""
     return torch.clamp(l, max=math.log(constant))
 
 
 def floor_zero(l: Tensor, constant: float) -> Tensor:  # noqa: E741
     """`l`, but log(constant) with derivative 0 where l is -inf."""
     return l.masked_fill(l.detach() == -math.inf, math.log(constant))
+
+
+def reshape(l: Tensor, sizes: tuple[int, ...]) -> Tensor:  # noqa: E741
+    """The same elements in the same order, in another shape."""
+    return l.reshape(sizes)
 
 
 def index(l: Tensor, key: Any) -> Tensor:  # noqa: E741

@@ -24,8 +24,8 @@ def graft(naive: Tensor, stable: Tensor, like: Tensor, dtype: torch.dtype, fresh
         fresh: whether `stable` is memory of its own.
         slope: the derivative f' at `naive`.
 
-    The result is memory of its own, laid out as elementwise functions of `like` are. Derivatives flow through `stable`, and through
-    `naive` only where somebody asks for the derivative at an intermediate that `stable` does not come from.
+    The result is memory of its own, laid out as elementwise functions of `like` are. Derivatives flow through `stable`, and
+    through `naive` only where somebody asks for the derivative at an intermediate that `stable` does not come from.
     """
     if not (torch.is_grad_enabled() and stable.requires_grad):
         return _laid_out(stable, like, dtype, fresh)
@@ -60,7 +60,7 @@ def _split(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
 @final
 class _Graft(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         naive: Tensor,
         stable: Tensor,
@@ -79,19 +79,19 @@ class _Graft(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return (*_split(ctx, grad), None, None, None, None, None)
 
 
 @final
 class _GraftInPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, naive: Tensor, stable: Tensor, node: Any, slope: Derivative) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, naive: Tensor, stable: Tensor, node: Any, slope: Derivative) -> Tensor:
         ctx.node, ctx.slope = node, slope
         ctx.save_for_backward(naive.clone())
         ctx.mark_dirty(naive)
         return naive.copy_(stable)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return (*_split(ctx, grad), None, None)

@@ -18,8 +18,8 @@ __all__ = ["function", "law_table"]
 def law_table() -> dict[Any, tuple[Law, Spelling]]:
     """Every function that a law knows, as torch function modes report it.
 
-    Raises `RuntimeError` where a name that is not marked optional does not exist, or two laws claim the same function: a law that
-    silently never fires would be worse.
+    Raises `RuntimeError` where a name that is not marked optional does not exist, or two laws claim the same function: a law
+    that silently never fires would be worse.
     """
     table: dict[Any, tuple[Law, Spelling]] = {}
     for law in laws():

@@ -16,9 +16,9 @@ _DIVISIONS = ("Div", "Reciprocal", "Pow")
 def has_unstable_ops(loss: Tensor, limit: int | None = None) -> bool:
     """Whether the graph of a loss contains an operation that a rule might replace, or has replaced.
 
-    That is a logarithm of any base, or an exponential together with a division. `log_softmax`, `cross_entropy`, `logsumexp` and
-    the built-in softmax (attention) are stable as they are and do not count. The inside of reentrant checkpoints, compiled regions
-    and custom functions cannot be seen.
+    That is a logarithm of any base, or an exponential together with a division. `log_softmax`, `cross_entropy`, `logsumexp`
+    and the built-in softmax (attention) are stable as they are and do not count. The inside of reentrant checkpoints,
+    compiled regions and custom functions cannot be seen.
 
     Arguments:
         loss: any tensor; the answer is `False` for one without a graph.

@@ -1,5 +1,8 @@
 """Products, quotients and powers: the logarithm turns them into sums, differences and multiples."""
 
+# A law is documented by the equation above it, a rule by markdown.
+# ruff: noqa: D103, D415
+
 from __future__ import annotations
 
 import math

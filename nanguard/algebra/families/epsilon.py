@@ -1,5 +1,8 @@
 """Sums with a constant or with each other, and bounds: the usual guards against log 0."""
 
+# A law is documented by the equation above it.
+# ruff: noqa: D103
+
 from __future__ import annotations
 
 from nanguard.algebra import build
@@ -82,8 +85,9 @@ def clamp_max(call: Call) -> Term:
 def drop_epsilons(term: Term) -> Term:
     """The term without small epsilons on probabilities and sums of exponentials.
 
-    An epsilon is at most 1e-3, and is added to, or bounds from below, what `is_probability_or_total` says. Where the probability
-    is truly 0 (a masked logit) the epsilon stays: log 0 would bring an infinity, and p log p a NaN, that the original never had.
+    An epsilon is at most 1e-3, and is added to, or bounds from below, what `is_probability_or_total` says. Where the
+    probability is truly 0 (a masked logit) the epsilon stays: log 0 would bring an infinity, and p log p a NaN, that the
+    original never had.
     """
     if isinstance(term, Leaf):
         return term

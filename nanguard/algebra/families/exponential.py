@@ -1,5 +1,8 @@
 """Exponentials, their sums, and what the logarithm of those is."""
 
+# A law is documented by the equation above it, a rule by markdown.
+# ruff: noqa: D103, D415
+
 from __future__ import annotations
 
 from nanguard.algebra import build
@@ -56,8 +59,8 @@ def log_of_sum_of_exponentials(term: Term) -> bool:
 
     ## Why is this bad
 
-    exp(x) overflows from 89 on in float32, and a sum of exponentials of very negative numbers is 0: the logarithm is inf or -inf
-    although the result is an ordinary number.
+    exp(x) overflows from 89 on in float32, and a sum of exponentials of very negative numbers is 0: the logarithm is inf or
+    -inf although the result is an ordinary number.
 
     ## Example
 

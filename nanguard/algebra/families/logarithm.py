@@ -1,5 +1,8 @@
 """The queries: whoever asks for a logarithm."""
 
+# A law is documented by the equation above it.
+# ruff: noqa: D103
+
 from __future__ import annotations
 
 import math

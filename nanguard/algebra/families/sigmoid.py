@@ -1,5 +1,8 @@
 """The logistic function, built in or by hand, and its logarithm."""
 
+# A law is documented by the equation above it, a rule by markdown.
+# ruff: noqa: D103, D415
+
 from __future__ import annotations
 
 from nanguard.algebra import build

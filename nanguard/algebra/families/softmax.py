@@ -1,5 +1,8 @@
 """Softmax, written with the built-in or by hand, and the logarithm of what was picked from it."""
 
+# A law is documented by the equation above it, a rule by markdown.
+# ruff: noqa: D103, D415
+
 from __future__ import annotations
 
 from nanguard.algebra import build

@@ -1,5 +1,8 @@
 """Operations that only move, pick, repeat or convert elements: the logarithm, being elementwise, commutes with them."""
 
+# A law is documented by the equation above it.
+# ruff: noqa: D103
+
 from __future__ import annotations
 
 from typing import Any
@@ -213,13 +216,11 @@ def expand(call: Call) -> Term:
     return build.expand(call.log(), call.shape)
 
 
-# the same elements, in memory of their own, on the same device, in another floating dtype, or without derivatives
+# the same elements, in memory of their own, on the same device, in another floating dtype
 @law(
     """
     torch.clone(input, *, memory_format=None)
-    torch.detach(input)
     torch.Tensor.clone(input, *, memory_format=None)
-    torch.Tensor.detach(input)
     torch.Tensor.contiguous(input, memory_format=None)
     torch.Tensor.to(input, *target, dtype=None, device=None, non_blocking=False, copy=False, memory_format=None)
     torch.Tensor.type_as(input, other)
@@ -230,4 +231,10 @@ def expand(call: Call) -> Term:
     """
 )
 def cast(call: Call) -> Term:
+    return call.log()
+
+
+# the same elements without derivatives (front ends know which results have none)
+@law("torch.detach(input)\n torch.Tensor.detach(input)")
+def detach(call: Call) -> Term:
     return call.log()

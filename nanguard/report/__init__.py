@@ -1,0 +1,1 @@
+"""Renderings of incidents and captures."""

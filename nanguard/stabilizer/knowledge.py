@@ -1,0 +1,170 @@
+"""What is known about which tensor, for as long as it is true."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from nanguard.algebra import Term, leaves
+
+__all__ = ["Knowledge", "Known", "is_plain"]
+
+# Larger terms, and longer histories, are forgotten: an exponential moving average must not keep all that went into it alive.
+LARGEST_TERM = 64
+LONGEST_HISTORY = 256
+
+
+@final
+class Known:
+    """The logarithm of one tensor.
+
+    Attributes:
+        term: the logarithm.
+        parents: what is known about the tensors that it was computed from.
+        pinned: whether somebody watches derivatives at this tensor (a hook, `retain_grad`), which a swap would bypass.
+    """
+
+    __slots__ = ("__weakref__", "depth", "parents", "pinned", "requires_grad", "storages", "tensor", "term", "version")
+
+    def __init__(self, tensor: weakref.ref[Tensor], value: Tensor, term: Term, parents: tuple[Known, ...]) -> None:
+        self.tensor = tensor
+        self.term = term
+        self.parents = parents
+        self.pinned = False
+        self.version = value._version
+        self.requires_grad = value.requires_grad
+        self.depth: int = 1 + max((parent.depth for parent in parents), default=0)
+        self.storages: frozenset[int] = frozenset()
+
+    def is_pinned(self) -> bool:
+        """Whether it, or anything known that it came from, is pinned."""
+        stack, seen = [self], {id(self)}
+        while stack:
+            known = stack.pop()
+            if known.pinned:
+                return True
+            for parent in known.parents:
+                if id(parent) not in seen:
+                    seen.add(id(parent))
+                    stack.append(parent)
+        return False
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether neither the tensor nor anything that the term depends on has changed since."""
+        if tensor._version != self.version or tensor.requires_grad != self.requires_grad:
+            return False
+        return all(leaf.value._version == leaf.version for leaf in leaves(self.term))
+
+
+@final
+class Knowledge:
+    """The known tensors of one active block. It keeps no tensor alive but the leaves of terms, and those only as long as the
+    tensors that they are terms of.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, Known] = {}
+        self._watched: set[int] = set()
+        self._escaped: dict[int, StorageWeakRef] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def might_know(self, args: tuple[Any, ...]) -> bool:
+        """Whether any of these arguments, or of the entries of a leading list, was ever recorded. Cheap, and no promise."""
+        known = self._known
+        if not known:
+            return False
+        return any(id(arg) in known for arg in args)
+
+    def find(self, tensor: Tensor) -> Known | None:
+        """What is known about a tensor, and still true."""
+        known = self._known.get(id(tensor))
+        if known is None or known.tensor() is not tensor:
+            return None
+        if not known.holds(tensor):
+            del self._known[id(tensor)]
+            return None
+        return known
+
+    def record(self, tensor: Tensor, term: Term, parents: tuple[Known, ...]) -> None:
+        """Note the logarithm of a tensor."""
+        key = id(tensor)
+        known = Known(weakref.ref(tensor, lambda _: self._drop(key, known)), tensor, term, parents)
+        if term.size > LARGEST_TERM or known.depth > LONGEST_HISTORY:
+            self._known.pop(key, None)
+            return
+        keys = (storage_key(part) for part in (tensor, *(leaf.value for leaf in leaves(term))))
+        known.storages = frozenset(storage for storage in keys if storage is not None)
+        self._watched |= known.storages
+        self._known[key] = known
+
+    def edited(self, tensor: Any) -> None:
+        """Forget all that shares memory with a tensor about to be edited: `.data` shares memory, but no version counter."""
+        if self._known and isinstance(tensor, Tensor) and storage_key(tensor) in self._watched:
+            self._forget(storage_key(tensor))
+
+    def escaped(self, tensor: Any) -> None:
+        """Forget a tensor's memory for good: from now on it can be edited unseen."""
+        storage = storage_key(tensor) if isinstance(tensor, Tensor) else None
+        if storage is not None:
+            self._escaped[storage] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            self._forget(storage)
+
+    def is_trusted(self, tensor: Tensor) -> bool:
+        """Whether a term may depend on it: a plain tensor whose every edit is seen."""
+        if not is_plain(tensor):
+            return False
+        if not self._escaped:
+            return True
+        storage = storage_key(tensor)
+        found = self._escaped.get(storage) if storage is not None else None
+        return found is None or found.expired()  # type: ignore[no-untyped-call]
+
+    def pin(self, tensor: Any) -> None:
+        """Note that somebody watches derivatives at this tensor."""
+        known = self._known.get(id(tensor))
+        if known is not None:
+            known.pinned = True
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._known.clear()
+        self._watched.clear()
+        self._escaped.clear()
+
+    def _forget(self, storage: int | None) -> None:
+        for key in [key for key, known in self._known.items() if storage in known.storages]:
+            del self._known[key]
+
+    def _drop(self, key: int, known: Known) -> None:
+        if self._known.get(key) is known:
+            del self._known[key]
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is an ordinary dense tensor, of no subclass, that counts its versions."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return plain and not tensor.is_inference() and not tensor.is_neg() and not tensor.is_conj()
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """What tensors of the same memory have in common; `None` for those without memory (under functorch)."""
+    try:
+        key: int = tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+    return key
+
+
+def entries(value: Any) -> Iterator[Any]:
+    """A value, or the entries of a list of them, as in-place functions take it."""
+    if isinstance(value, (tuple, list)):
+        yield from value
+    else:
+        yield value

@@ -1,0 +1,118 @@
+"""Where in the user's code a call stands, what it says there, and by which names it knows its tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+import linecache
+import os
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from nanguard.algebra import Leaf
+
+__all__ = ["FrameNames", "expression", "user_frame"]
+
+_NANGUARD = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def _library_directories() -> tuple[str, ...]:
+    directories = [_NANGUARD]
+    for name in ("torch", "lightning", "pytorch_lightning", "lightning_utilities", "lightning_fabric", "torchmetrics"):
+        spec = importlib.util.find_spec(name)
+        directories += spec.submodule_search_locations or [] if spec is not None else []
+    return tuple(os.path.abspath(directory) + os.sep for directory in directories)
+
+
+_LIBRARIES = _library_directories()
+_IS_LIBRARY: dict[str, bool] = {}
+
+
+def user_frame() -> FrameType:
+    """The deepest frame outside torch, Lightning, torchmetrics and nanguard itself (the outermost one, if there is none)."""
+    frame = sys._getframe(1)
+    while _is_library(frame.f_code.co_filename) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def expression(frame: FrameType) -> tuple[int, str]:
+    """Line and source of the expression that the frame is evaluating: of the whole line, before Python 3.11."""
+    start, end, first, last = _position(frame.f_code, frame.f_lasti)
+    if start is None or end is None:
+        return frame.f_lineno, linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    lines = [linecache.getline(frame.f_code.co_filename, line) for line in range(start, end + 1)]
+    if first is None or last is None or not any(lines):
+        return start, "".join(lines).strip()
+    # Columns count bytes.
+    encoded = [line.encode() for line in lines]
+    encoded[-1] = encoded[-1][:last]
+    encoded[0] = encoded[0][first:]
+    return start, " ".join(line.decode(errors="replace").strip() for line in encoded)
+
+
+@final
+class FrameNames:
+    """The names that a frame, or else one of its callers, has for tensors: local variables, and attributes of `self`."""
+
+    def __init__(self, frame: FrameType) -> None:
+        self._names: dict[int, str] = {}
+        self._bases: dict[int, str] = {}
+        # Never beyond the second caller: names would stand for something else there.
+        for caller in itertools.islice(_callers(frame), 3):
+            for name, value in _local_tensors(caller):
+                self._names.setdefault(id(value), name)
+
+    def of(self, leaf: Leaf, default: str) -> str:
+        """The variable that holds this tensor, or one that it is a view of; else `default`."""
+        value: Tensor = leaf.value
+        name = self._names.get(id(value))
+        if name is None and value._base is not None and value.numel() == value._base.numel():
+            name = self._names.get(id(value._base))
+        return name or default
+
+    def counts_up(self, index: object, length: int) -> bool:
+        """Whether an index is 0, 1, ..., length - 1. Tensors are only looked into where that needs no synchronisation."""
+        if isinstance(index, (range, list)):
+            return list(index) == list(range(length))
+        if isinstance(index, Tensor) and index.device.type == "cpu" and index.dtype == torch.int64:
+            return index.tolist() == list(range(length))
+        return False
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        if not _is_library(frame.f_code.co_filename):
+            yield frame
+        frame = frame.f_back
+
+
+def _local_tensors(frame: FrameType) -> list[tuple[str, Tensor]]:
+    variables = frame.f_locals
+    found = [(name, value) for name, value in variables.items() if isinstance(value, Tensor)]
+    # Before Python 3.13 a function's f_locals is a snapshot that lives as long as the call, and would keep tensors alive.
+    if sys.version_info < (3, 13) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        variables.clear()
+    return found
+
+
+def _position(code: CodeType, instruction: int) -> tuple[int | None, int | None, int | None, int | None]:
+    positions: Any = getattr(code, "co_positions", None)
+    if positions is None or instruction < 0:
+        return None, None, None, None
+    return next(itertools.islice(positions(), instruction // 2, None), (None, None, None, None))
+
+
+def _is_library(file: str) -> bool:
+    known = _IS_LIBRARY.get(file)
+    if known is None:
+        # Code that torch.compile or torch.fx has generated is nobody's source.
+        known = file.startswith("<eval_with_key>") or os.path.abspath(file).startswith(_LIBRARIES)
+        _IS_LIBRARY[file] = known
+    return known
