@@ -58,7 +58,7 @@ class Archive:
         self._initial = scalar_attributes(module) if policy.capture.enabled else None
         self._told: set[str] = set()
 
-    def store(self, incident: Incident, micro: MicroBatch, loss: Tensor | None, *, stabilized: bool) -> Incident:
+    def store(self, incident: Incident, micro: MicroBatch, loss: Tensor | None) -> Incident:
         """Captures the step of an incident, and returns the incident with the place of the capture.
 
         The module must be in the state in which it was before the step.
@@ -78,7 +78,7 @@ class Archive:
             initial_attributes=self._initial,
             optimizers=around.optimizers,
             precision=around.precision,
-            stabilize={"enabled": stabilized, "epsilon": self._policy.stabilize.epsilon},
+            stabilize={"enabled": micro.stabilized, "epsilon": self._policy.stabilize.epsilon},
             scale=1.0 if around.scale is None else around.scale,
             accumulate=around.accumulate,
             hparams=around.hparams,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -24,6 +25,11 @@ CLEAN, FINDINGS, USAGE = 0, 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status. Errors go to stderr as one message."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # what the terminal cannot show is better shown escaped than not at all
+            stream.reconfigure(errors="backslashreplace")
     try:
         status: int = options.run(options)
         sys.stdout.flush()

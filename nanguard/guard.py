@@ -12,39 +12,30 @@ What happens to one optimizer step:
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
 
 from nanguard.archive import Archive, Circumstances
-from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, diagnose, suspects
+from nanguard.budget import SkipBudget
+from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnose, suspects
 from nanguard.errors import NanGuardWarning
 from nanguard.incident import Action, Incident, Swap, Trigger
-from nanguard.policy import Policy
+from nanguard.policy import Policy, RuleAction
 from nanguard.rng import RngState
-from nanguard.sentinel import all_finite, nonfinite_names, norms
+from nanguard.sentinel import norms
 from nanguard.transaction import OptimizerSnapshot, Transaction
 from nanguard.watch import UnstableOpsWatch
+from nanguard.window import Attempt, Moment, figures, first_suspect, gradients_of
 
-__all__ = ["Guard", "Moment", "Ruling"]
+__all__ = ["Guard", "Moment", "Peers", "Ruling"]
 
 _DONE: dict[str, Action] = {"raise": "raised", "skip_step": "skipped", "record": "recorded", "stop": "stopped"}
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where in the run a batch is: optimizer steps taken, epoch, index of the batch in the epoch, rank of the process."""
-
-    step: int
-    epoch: int
-    batch_idx: int
-    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,14 +46,17 @@ class Ruling:
     incident: Incident | None = None
 
 
-@dataclass(eq=False)
-class _Attempt:
-    moment: Moment
-    micro: MicroBatch
-    rewind: RngState | None = None
-    stabilized: bool = False
-    loss: Tensor | None = None
-    norms: Tensor | None = None
+@dataclass(frozen=True)
+class Peers:
+    """Several processes that train one model: they must decide alike, and every one takes part in each call.
+
+    Attributes:
+        any: whether any of them says so; called at each step.
+        gather: the number that each gives, by rank; called only when something is wrong.
+    """
+
+    any: Callable[[bool], bool]
+    gather: Callable[[int], list[int]]
 
 
 @final
@@ -74,7 +68,7 @@ class Guard:
         module: what is trained.
         transaction: saves and restores what a step touches.
         rerun: runs a step again for the diagnosis; without it the diagnosis is limited to inputs and parameters.
-        agree: where several processes train together, whether any of them says so; every process calls it at each step.
+        peers: the processes that train together with this one, if there are any.
         circumstances: called for a capture, gives what a replay has to know about the run.
     """
 
@@ -85,7 +79,7 @@ class Guard:
         *,
         transaction: Transaction | None = None,
         rerun: Rerun | None = None,
-        agree: Callable[[bool], bool] | None = None,
+        peers: Peers | None = None,
         circumstances: Callable[[], Circumstances | None] | None = None,
         incidents: list[Incident] | None = None,
         swaps: list[Swap] | None = None,
@@ -96,17 +90,16 @@ class Guard:
         self._module = module
         self._transaction = transaction or Transaction(module)
         self._rerun = rerun
-        self._agree = agree
+        self._peers = peers
         self._archive = Archive(policy, module, circumstances)
         self._watch = UnstableOpsWatch()
         self._stabilize = _stabilizer(policy, self.swaps)
         self._told = len(self.swaps)
-        self._window: list[_Attempt] = []
+        self._window: list[Attempt] = []
         self._moved: OptimizerSnapshot | None = None
         self._healthy: MicroBatch | None = None
         self._scaler_streak = 0
-        self._consecutive = 0
-        self._total = 0
+        self._budget = SkipBudget(policy.budget)
         self.dropping = False
 
     # -- before and during the step
@@ -129,15 +122,19 @@ class Guard:
             rewind: where random number streams go back to if the batch is left out, for loaders that draw while they fetch.
             optimizers: those that may move parameters before `judge` is called for the last time, as LBFGS does.
         """
-        micro = MicroBatch(moment.batch_idx, tuple(args), self._transaction.savepoint(), indices)
-        self._window.append(_Attempt(moment, micro, rewind, self._stabilize is not None and self._watch.needed))
+        stabilized = self._stabilize is not None and self._watch.needed
+        micro = MicroBatch(moment.batch_idx, tuple(args), self._transaction.savepoint(), indices, stabilized)
+        self._window.append(Attempt(moment, micro, rewind))
         optimizers = list(optimizers)
         if optimizers and self._moved is None and (self.policy.may_continue() or self.policy.stores_weights()):
             self._moved = OptimizerSnapshot(optimizers)
 
-    def stabilizing(self) -> AbstractContextManager[Any]:
-        """What the forward pass runs in."""
-        return self._stabilize if self._stabilize is not None and self._watch.needed else nullcontext()
+    def stabilizing(self, micro: MicroBatch | None = None) -> AbstractContextManager[Any]:
+        """What the forward pass of the present micro-batch runs in, or that of an earlier one which is run again."""
+        if micro is None and self._window:
+            micro = self._window[-1].micro
+        on = self._stabilize is not None and (micro is None or micro.stabilized)
+        return self._stabilize if on else nullcontext()
 
     def saw_loss(self, loss: Tensor) -> None:
         """Takes note of the loss before the backward pass; no synchronisation."""
@@ -150,7 +147,7 @@ class Guard:
     def saw_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Takes note of the gradients accumulated so far, so that the micro-batch at fault can be told; no synchronisation."""
         if self._window:
-            self._window[-1].norms = norms(_gradients(parameters))
+            self._window[-1].norms = norms(gradients_of(parameters))
 
     # -- the decision
 
@@ -166,40 +163,37 @@ class Guard:
         if self.dropping:
             return Ruling("skip_step", self.incidents[-1])
         parameters = list(parameters)
-        gradients = _gradients(parameters)
+        gradients = gradients_of(parameters)
         self._window[-1].norms = norms(gradients)
-        found = self._find(gradients)
+        found = first_suspect(self._window, gradients)
         if scaler is not None and (found is None or found[1] != "loss"):
             found = self._judge_scaler(scaler, found)
         bad = found is not None
-        if self._agree is not None:
-            bad = self._agree(bad)
+        if self._peers is not None:
+            bad = self._peers.any(bad)
         if not bad:
             return Ruling("proceed")
         attempt, trigger = found or (self._window[-1], "gradients")
-        return self._rule(attempt, trigger, parameters, elsewhere=found is None)
+        return self._rule(attempt, trigger, parameters, self._culprit(found))
 
-    def _find(self, gradients: list[Tensor]) -> tuple[_Attempt, Trigger] | None:
-        entries: list[tuple[_Attempt, Trigger, Tensor | None]] = []
-        for attempt in self._window:
-            entries += [(attempt, "loss", attempt.loss), (attempt, "gradients", attempt.norms)]
-        present = [(attempt, trigger, _row(value)) for attempt, trigger, value in entries if value is not None]
-        if not present:
+    def _culprit(self, found: tuple[Attempt, Trigger] | None) -> int | None:
+        """The rank where it began, if that is another one: after the reduction every rank sees the same bad gradients."""
+        if self._peers is None:
             return None
-        device = present[-1][2].device
-        numbers = torch.cat([row.to(device) for _, _, row in present]).tolist()  # the synchronisation
-        if all(map(math.isfinite, numbers)):
-            return None
-        suspects: list[tuple[_Attempt, Trigger]] = []
-        for attempt, trigger, row in present:
-            mine, numbers = numbers[: row.numel()], numbers[row.numel() :]
-            if not all(map(math.isfinite, mine)):
-                suspects.append((attempt, trigger))
-        if all(trigger == "gradients" for _, trigger in suspects) and all_finite(gradients):
-            return None  # only a norm overflowed; the gradients themselves are finite
-        return suspects[0]
+        with_loss = self._peers.gather(found is not None and found[1] == "loss")
+        alarmed = self._peers.gather(found is not None)
+        flags = with_loss if any(with_loss) else alarmed
+        return None if flags[self._window[-1].moment.rank] else flags.index(1)
 
-    def _judge_scaler(self, scaler: Any, found: tuple[_Attempt, Trigger] | None) -> tuple[_Attempt, Trigger] | None:
+    def _agreed(self, action: RuleAction, elsewhere: int | None) -> RuleAction:
+        """The action of the lowest rank that knows the cause: one rank that raised alone would leave the others waiting."""
+        if self._peers is None:
+            return action
+        actions: tuple[RuleAction, ...] = get_args(RuleAction)
+        votes = self._peers.gather(-1 if elsewhere is not None else actions.index(action))
+        return actions[next(vote for vote in votes if vote >= 0)]
+
+    def _judge_scaler(self, scaler: Any, found: tuple[Attempt, Trigger] | None) -> tuple[Attempt, Trigger] | None:
         """A scaler's own skips are part of its work until there are too many of them, or the scale is spent."""
         if found is None:
             self._scaler_streak = 0
@@ -210,39 +204,41 @@ class Guard:
             return found[0], "scaler"
         return None
 
-    def _rule(self, attempt: _Attempt, trigger: Trigger, parameters: list[Tensor], *, elsewhere: bool) -> Ruling:
+    def _rule(self, attempt: Attempt, trigger: Trigger, parameters: list[Tensor], elsewhere: int | None) -> Ruling:
         found = self._diagnose(attempt, trigger, elsewhere)
         moment = attempt.moment
-        action = self.policy.action(trigger=trigger, cause=found.cause, step=moment.step)
-        action, remark = self._within_budget(action)
-        indices = attempt.micro.indices
+        action = self._agreed(self.policy.action(trigger=trigger, cause=found.cause, step=moment.step), elsewhere)
+        action, remark = self._budget.spend(action)
+        if elsewhere is None:
+            detail = figures(attempt, parameters, self._module)
+        else:
+            detail = f"it began on rank {elsewhere}, which has the batch; this rank was given its gradients"
         incident = Incident(
             step=moment.step,
             epoch=moment.epoch,
             batch_idx=moment.batch_idx,
-            rank=moment.rank,
+            rank=moment.rank if elsewhere is None else elsewhere,
             trigger=trigger,
             origin=found.origin,
             cause=found.cause,
             samples=found.samples,
-            dataset_indices=_picked(indices, found.samples),
+            dataset_indices=_picked(attempt.micro, found.samples),
             verdict=found.verdict,
             advice=found.advice,
             action=_DONE[action],
-            detail="; ".join(filter(None, [self._figures(attempt, parameters, elsewhere), remark])),
+            detail="; ".join(filter(None, [detail, remark])),
         )
-        incident = self._store(incident, attempt)
+        if elsewhere is None:
+            incident = self._store(incident, attempt)
         self.incidents.append(incident)
         if action != "record":
             self.restore()
             self.dropping = action != "raise"
         if action != "raise":
-            place = incident.origin if incident.origin is not None and incident.origin.file is not None else None
-            file, line = (place.file, place.line) if place is not None else ("nanguard", 0)
-            warnings.warn_explicit(str(incident), NanGuardWarning, file or "nanguard", line or 0)
+            _tell(incident)
         return Ruling(action, incident)
 
-    def _store(self, incident: Incident, attempt: _Attempt) -> Incident:
+    def _store(self, incident: Incident, attempt: Attempt) -> Incident:
         """Captures the step from the state before it, and comes back to the state after it."""
         after = self._transaction.savepoint()
         moved = OptimizerSnapshot(self._moved.optimizers) if self._moved is not None else None
@@ -250,46 +246,20 @@ class Guard:
             attempt.micro.before.restore()
             if self._moved is not None:
                 self._moved.restore()
-            return self._archive.store(incident, attempt.micro, attempt.loss, stabilized=attempt.stabilized)
+            return self._archive.store(incident, attempt.micro, attempt.loss)
         finally:
             if moved is not None:
                 moved.restore()
             after.restore()
             after.release()
 
-    def _diagnose(self, attempt: _Attempt, trigger: Trigger, elsewhere: bool) -> Diagnosis:
+    def _diagnose(self, attempt: Attempt, trigger: Trigger, elsewhere: int | None) -> Diagnosis:
         options = self.policy.diagnosis
-        if not options.enabled or trigger == "scaler" or elsewhere:
+        if not options.enabled or trigger == "scaler" or elsewhere is not None:
             return Diagnosis()
         if self._rerun is None:
             return suspects(self._module, attempt.micro.args)
         return diagnose(attempt.micro, self._rerun, healthy=self._healthy, samples=options.samples)
-
-    def _within_budget(self, action: str) -> tuple[Any, str]:
-        if action != "skip_step":
-            return action, ""
-        self._consecutive += 1
-        self._total += 1
-        budget = self.policy.budget
-        for count, limit, kind in (
-            (self._consecutive, budget.consecutive, "skips in a row"),
-            (self._total, budget.total, "skips in all"),
-        ):
-            if count > limit:
-                return budget.then, f"the policy's budget of {limit} {kind} is spent"
-        return action, ""
-
-    def _figures(self, attempt: _Attempt, parameters: list[Tensor], elsewhere: bool) -> str:
-        if elsewhere:
-            return "another rank reported it; loss and gradients of this rank are finite"
-        parts = [] if attempt.loss is None else [f"loss {_number(attempt.loss)}"]
-        named = {id(parameter): name for name, parameter in self._module.named_parameters()}
-        gradients = [(named.get(id(p), "?"), p.grad) for p in parameters if p.grad is not None]
-        bad = nonfinite_names(gradients)
-        if bad:
-            shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
-            parts.append(f"{len(bad)} of {len(gradients)} gradients non-finite ({shown})")
-        return ", ".join(parts)
 
     # -- after the step
 
@@ -305,7 +275,7 @@ class Guard:
     def end_window(self) -> None:
         """Forgets the window: its step was taken, or left out for good."""
         if not self.dropping and self._window:
-            self._consecutive = 0
+            self._budget.healthy_step()
             self._healthy = self._window[-1].micro if self._rerun is not None else None
         for attempt in self._window:
             attempt.micro.before.release()
@@ -331,20 +301,18 @@ def _stabilizer(policy: Policy, swaps: list[Swap]) -> Any:
     return stabilize(epsilon=policy.stabilize.epsilon, swaps=swaps)
 
 
-def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+def _tell(incident: Incident) -> None:
+    place = incident.origin
+    file, line = (place.file, place.line) if place is not None else (None, None)
+    warnings.warn_explicit(str(incident), NanGuardWarning, file or "nanguard", line or 0)
 
 
-def _row(value: Tensor) -> Tensor:
-    """As a vector of at least single precision: a loss may be of any shape and dtype."""
-    return value.reshape(-1).to(torch.promote_types(value.dtype, torch.float32))
-
-
-def _number(loss: Tensor) -> str:
-    return f"{float(_row(loss).sum()):.6g}"
-
-
-def _picked(indices: tuple[int, ...] | None, samples: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if indices is None or samples is None or max(samples, default=-1) >= len(indices):
+def _picked(micro: MicroBatch, samples: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    indices = micro.indices
+    if indices is None or samples is None:
+        return None
+    if len(indices) == 1:
+        return indices
+    if batch_size(micro.args[0]) != len(indices):  # collation made another number of rows of these samples
         return None
     return tuple(indices[position] for position in samples)

@@ -60,7 +60,9 @@ class NanGuard(Callback):
         self._ordered: list[Callback] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None, "_trainer": None, "_found": [], "_ordered": []}
+        # Lightning hangs the module's `log` and `log_dict` on each callback; with them a copy would hold the whole module.
+        own = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**own, "_session": None, "_trainer": None, "_found": [], "_ordered": []}
 
     # -- the beginning and the end: whatever is put in place here is taken away in `teardown` and `on_exception`
 
@@ -137,15 +139,8 @@ class NanGuard(Callback):
         if self._session is not None:
             self._session.end_batch()
 
-    # What follows a skipped batch must find everything as if the batch had never been.
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finishes a skip."""
-        if self._session is not None:
-            self._session.settle()
-
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finishes a skip."""
+        """Finishes a skip: what follows must find everything as if the batch had never been."""
         if self._session is not None:
             self._session.settle()
 

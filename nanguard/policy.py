@@ -15,7 +15,7 @@ from nanguard.errors import PolicyError
 from nanguard.incident import Cause, Trigger
 from nanguard.policy_errors import check_keys, describe
 
-__all__ = ["Policy", "Rule", "When", "load_policy"]
+__all__ = ["Budget", "Policy", "Rule", "RuleAction", "When", "load_policy", "with_overrides"]
 
 _CONSTRUCTOR = "Policy(...)"
 

@@ -5,6 +5,7 @@ Importing this, and collecting tests, imports neither torch nor lightning.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,24 @@ import pytest
 if TYPE_CHECKING:
     from nanguard.capture import Capture
 
-__all__ = ["nanguard_capture", "pytest_addoption", "pytest_configure", "pytest_generate_tests"]
+__all__ = [
+    "nanguard_capture",
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_generate_tests",
+    "pytest_plugin_registered",
+]
 
 _FIXTURE = "nanguard_capture"
 _NAME = "nanguard_captures"
+
+
+def pytest_plugin_registered(plugin: object, manager: pytest.PytestPluginManager) -> None:
+    """Lets the entry point of the package and ``-p nanguard.pytest_plugin`` (or ``pytest_plugins``) stand side by side."""
+    if plugin is sys.modules[__name__]:
+        # A module must not be registered twice, and pytest knows the two ways by different names.
+        other = __name__ if manager.get_name(plugin) != __name__ else "nanguard"
+        manager.set_blocked(other)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,8 +42,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marker."""
+    """Registers the marker, and refuses a directory that is not there."""
     config.addinivalue_line("markers", f"{_NAME}(directory): the captures that the fixture nanguard_capture runs over")
+    directory, what = _configured(config)
+    if directory is not None and not directory.is_dir():
+        raise pytest.UsageError(_absent(what, [directory]))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -55,6 +73,8 @@ def nanguard_capture(request: pytest.FixtureRequest) -> Capture:
     from nanguard.capture import load_capture
     from nanguard.errors import CaptureError
 
+    if not hasattr(request, "param"):
+        pytest.fail(f"{_FIXTURE} runs once per capture: name it among the arguments of the test", pytrace=False)
     try:
         return load_capture(request.param)
     except CaptureError as error:
@@ -67,32 +87,34 @@ def _skipped(reason: str) -> object:
 
 def _directory(metafunc: pytest.Metafunc) -> Path | None:
     """The marker's directory, else the option's, else the ini file's; `None` where none is given."""
-    config = metafunc.config
     marker = metafunc.definition.get_closest_marker(_NAME)
-    if marker is not None:
-        return _marked(marker, metafunc)
+    return _configured(metafunc.config)[0] if marker is None else _marked(marker, metafunc)
+
+
+def _configured(config: pytest.Config) -> tuple[Path | None, str]:
     option, ini = config.getoption("--nanguard-captures"), config.getini(_NAME)
     if option is not None:
-        return _existing([config.invocation_params.dir / option], f"--nanguard-captures {option}")
+        return config.invocation_params.dir / option, f"--nanguard-captures {option}"
     if ini:
-        return _existing([config.rootpath / ini], f"{_NAME} = {ini} in {config.inipath}")
-    return None
+        return config.rootpath / ini, f"{_NAME} = {ini} in {config.inipath}"
+    return None, ""
 
 
 def _marked(marker: pytest.Mark, metafunc: pytest.Metafunc) -> Path:
     values = [*marker.args, *(value for key, value in marker.kwargs.items() if key == "directory")]
+    where = metafunc.definition.nodeid
     if len(values) != 1 or len(marker.args) + len(marker.kwargs) != 1 or not isinstance(values[0], (str, Path)):
         shown = ", ".join([*map(repr, marker.args), *(f"{key}={value!r}" for key, value in marker.kwargs.items())])
-        raise pytest.UsageError(
-            f"{metafunc.definition.nodeid}: found {_NAME}({shown}); expected one directory: {_NAME}('captures')"
+        raise pytest.Collector.CollectError(
+            f"{where}: found {_NAME}({shown}); expected one directory: {_NAME}('captures')"
         )
-    bases = [metafunc.definition.path.parent, metafunc.config.rootpath]
-    return _existing([base / values[0] for base in bases], f"{metafunc.definition.nodeid}: {_NAME}({str(values[0])!r})")
-
-
-def _existing(candidates: list[Path], what: str) -> Path:
+    candidates = [base / values[0] for base in (metafunc.definition.path.parent, metafunc.config.rootpath)]
     for path in candidates:
         if path.is_dir():
             return path
-    looked = " and ".join(dict.fromkeys(map(str, candidates)))
-    raise pytest.UsageError(f"{what}: there is no directory {looked}; expected one that holds captures of nanguard")
+    raise pytest.Collector.CollectError(_absent(f"{where}: {_NAME}({str(values[0])!r})", candidates))
+
+
+def _absent(what: str, candidates: list[Path]) -> str:
+    looked = " and no ".join(dict.fromkeys(map(str, candidates)))
+    return f"{what}: there is no directory {looked}; expected one that holds captures of nanguard"

@@ -61,7 +61,7 @@ class RngState:
 
             numpy.random.set_state(self.numpy)
         if self.cuda and torch.cuda.is_available():
-            torch.cuda.init()  # type: ignore[no-untyped-call]
+            torch.cuda.init()
             generators = torch.cuda.default_generators
             for index, state in self.cuda.items():
                 if index < len(generators):
@@ -69,7 +69,7 @@ class RngState:
 
 
 def _cuda_states() -> dict[int, Tensor]:
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if not torch.cuda.is_initialized():
         return {}
     # The generators' own states live on the host; torch.cuda.get_rng_state would allocate on each device first.
     return {index: generator.get_state() for index, generator in enumerate(torch.cuda.default_generators)}

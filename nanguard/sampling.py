@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, final
@@ -19,10 +20,11 @@ class IndexRecorder:
 
     Args:
         sampler: the loader's ``batch_sampler``, or its ``sampler`` where it does not batch.
-        before_fetch: called after the sampler has chosen and before the loader fetches, in the order of the batches.
+        before_fetch: called after the sampler has chosen and before the loader fetches, in the order of the batches; what
+            it returns is remembered with the batch.
     """
 
-    def __init__(self, sampler: Any, before_fetch: Callable[[], None] | None = None) -> None:
+    def __init__(self, sampler: Any, before_fetch: Callable[[], Any] | None = None) -> None:
         self._sampler = sampler
         self._before_fetch = before_fetch
         self._pending: deque[Any] = deque()
@@ -33,9 +35,7 @@ class IndexRecorder:
 
     def _recorded(self, chosen: Iterator[Any]) -> Iterator[Any]:
         for entry in chosen:
-            self._pending.append(entry)
-            if self._before_fetch is not None:
-                self._before_fetch()
+            self._pending.append((entry, self._before_fetch() if self._before_fetch is not None else None))
             yield entry
 
     def __len__(self) -> int:
@@ -46,19 +46,19 @@ class IndexRecorder:
             raise AttributeError(name)
         return getattr(self._sampler, name)
 
-    def next_indices(self) -> tuple[int, ...] | None:
-        """The indices of the next batch to arrive, or `None` where they are not integers."""
+    def next_batch(self) -> tuple[tuple[int, ...] | None, Any]:
+        """The indices of the next batch to arrive, or `None` where they are not integers, and what `before_fetch` gave."""
         if not self._pending:
-            return None
-        entry = self._pending.popleft()
+            return None, None
+        entry, moment = self._pending.popleft()
         entries = entry if isinstance(entry, (list, tuple)) else [entry]
         try:
-            return tuple(int(index) for index in entries)
-        except (TypeError, ValueError):
-            return None
+            return tuple(operator.index(index) for index in entries), moment
+        except TypeError:
+            return None, moment
 
     @classmethod
-    def install(cls, loader: Any, patches: Patches, before_fetch: Callable[[], None] | None) -> IndexRecorder | None:
+    def install(cls, loader: Any, patches: Patches, before_fetch: Callable[[], Any] | None) -> IndexRecorder | None:
         """Puts a recorder into a loader; `None` where batches and samples cannot be told from each other.
 
         That is the case for streams, for loaders of other libraries and where batches may arrive out of order.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from nanguard.archive import Circumstances
-from nanguard.diagnosis import Rerun
+from nanguard.diagnosis import MicroBatch, Rerun
 from nanguard.errors import NanGuardError, NonFiniteError
-from nanguard.guard import Guard, Moment
+from nanguard.guard import Guard, Moment, Peers
 from nanguard.incident import Incident, Swap
 from nanguard.patches import Patches
 from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sampling import IndexRecorder, base_indices
-from nanguard.trainer_state import IGNORED, hold_schedulers, quiet, save_progress, save_results
+from nanguard.trainer_state import IGNORED, hold_schedulers, quiet, save_manual, save_progress, save_results
 from nanguard.transaction import Transaction
 from nanguard.values import Undo
 
@@ -55,9 +55,10 @@ class Session:
         self._patches = Patches()
         self._held = Patches()
         self._progress: Undo | None = None
+        self._loaders = Patches()
         self._recorder: IndexRecorder | None = None
-        self._dataset: Any = None
-        self._fetches: deque[RngState] = deque()
+        self._datasets: list[Any] = []
+        self._under_way = False
         self._judged = False
         self._streaming = False
         self.guard = self._make_guard(incidents, swaps)
@@ -65,17 +66,20 @@ class Session:
 
     def _make_guard(self, incidents: list[Incident], swaps: list[Swap]) -> Guard:
         trainer, module = self._trainer, self._module
-        transaction = Transaction(module, ignored=IGNORED, participants=[lambda: save_results(trainer)])
-        alone = trainer.world_size == 1
+        participants = [lambda: save_results(trainer)]
+        if not module.automatic_optimization:
+            participants.append(lambda: save_manual(trainer))
+        transaction = Transaction(module, ignored=IGNORED, participants=participants)
+        peers = _peers(trainer) if trainer.world_size > 1 else None
         rerun = None
-        if alone and module.automatic_optimization:
-            rerun = Rerun(module, transaction, self._step, lambda: quiet(trainer, module, self._surroundings))
+        if peers is None and module.automatic_optimization:
+            rerun = Rerun(module, transaction, self._step, self._quiet)
         return Guard(
             self._policy,
             module,
             transaction=transaction,
             rerun=rerun,
-            agree=None if alone else lambda bad: trainer.strategy.reduce_boolean_decision(bad, all=False),
+            peers=peers,
             circumstances=self._circumstances,
             incidents=incidents,
             swaps=swaps,
@@ -91,15 +95,24 @@ class Session:
         self._patches.set(plugin, "optimizer_step", self._optimizer_step)
         strategy = self._trainer.strategy
         self._patches.set(strategy, "process_dataloader", self._processing(strategy.process_dataloader))
+        # Validation draws a seed and switches to `eval` before its first hook: that is too late to put anything back.
+        validation = self._trainer.fit_loop.epoch_loop.val_loop
+        self._patches.set(validation, "run", self._settled(validation.run))
 
     def close(self) -> None:
         """Takes everything away again. Does nothing the second time."""
         self._held.undo()
+        self._loaders.undo()
         self._patches.undo()
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
         with self._plain_context(), self.guard.stabilizing():
+            yield
+
+    @contextmanager
+    def _quiet(self, micro: MicroBatch) -> Iterator[None]:
+        with quiet(self._trainer, self._module), self._plain_context(), self.guard.stabilizing(micro):
             yield
 
     def _optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
@@ -111,6 +124,13 @@ class Session:
             self._left_out(optimizer)
             return None
 
+    def _settled(self, plain: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            self.settle()
+            return plain()
+
+        return run
+
     def _processing(self, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def process(loader: Any) -> Any:
             loader = plain(loader)
@@ -121,16 +141,19 @@ class Session:
         return process
 
     def _record_indices(self, loader: Any) -> None:
-        if self._dataset is not None:  # several loaders: an index would not say into which dataset
-            self._recorder = None
-            return
-        self._dataset = getattr(loader, "dataset", None)
-        self._recorder = IndexRecorder.install(loader, self._patches, self._before_fetch)
+        if self._under_way:  # the loaders are made anew for another epoch
+            self._under_way = False
+            self._loaders.undo()
+            self._datasets.clear()
+        self._datasets.append(getattr(loader, "dataset", None))
+        if len(self._datasets) == 1:
+            self._recorder = IndexRecorder.install(loader, self._loaders, self._before_fetch)
 
-    def _before_fetch(self) -> None:
+    def _before_fetch(self) -> RngState | None:
+        if self._streaming:  # the step fetches for itself
+            return None
         self.settle()
-        if self._policy.may_continue():
-            self._fetches.append(RngState.save())
+        return RngState.save() if self._policy.may_continue() else None
 
     # -- one batch
 
@@ -140,16 +163,20 @@ class Session:
         trainer = self._trainer
         self._judged = False
         self._streaming = _gives_iterators(trainer)
+        self._under_way = True
         args: tuple[Any, ...] = ()
+        indices = rewind = None
         if not self._streaming:
             args = tuple(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx).values())
-        indices = self._recorder.next_indices() if self._recorder is not None else None
+            if self._recorder is not None:
+                indices, rewind = self._recorder.next_batch()
         self._progress = save_progress(trainer) if self._policy.hold_global_step else None
         self.guard.begin(
             Moment(trainer.global_step, trainer.current_epoch, batch_idx, trainer.global_rank),
             args,
-            indices=base_indices(self._dataset, indices),
-            rewind=self._fetches.popleft() if self._fetches else None,
+            # With several loaders an index would not say into which dataset.
+            indices=base_indices(self._datasets[0], indices) if len(self._datasets) == 1 else None,
+            rewind=rewind,
             optimizers=trainer.optimizers if self._moves_early() else (),
         )
 
@@ -230,6 +257,18 @@ def _refuse_engines(trainer: Any) -> None:
             f"NanGuard: found the strategy {name}, whose engine steps the optimizer by itself; expected one that steps through "
             "Lightning (DDP, FSDP, a single device). Remove the callback, or use FSDP"
         )
+
+
+def _peers(trainer: Any) -> Peers:
+    strategy = trainer.strategy
+
+    def gather(number: int) -> list[int]:
+        numbers: list[int] = (
+            strategy.all_gather(torch.tensor(int(number), device=strategy.root_device)).reshape(-1).tolist()
+        )
+        return numbers
+
+    return Peers(any=lambda flag: strategy.reduce_boolean_decision(flag, all=False), gather=gather)
 
 
 def _gives_iterators(trainer: Any) -> bool:

@@ -5,15 +5,16 @@ These reach into attributes that Lightning does not document; each function name
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from nanguard.patches import Patches
 from nanguard.values import Undo
 
-__all__ = ["IGNORED", "hold_schedulers", "optimizer_progress", "quiet", "save_results"]
+__all__ = ["IGNORED", "hold_schedulers", "optimizer_progress", "quiet", "save_manual", "save_results"]
 
 # Attributes through which Lightning ties a module to its Trainer; they are not the module's state.
 IGNORED = (
@@ -30,23 +31,49 @@ IGNORED = (
     "_fabric_optimizers",
     "_strict_loading",
 )
+_SHOWN = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 
 def save_results(trainer: Any) -> Undo:
     """Remembers what ``self.log`` has accumulated in the training loop; relies on ``epoch_loop._results``.
 
     Lightning replaces the accumulated tensors rather than writing into them, so remembering the references is enough.
+    What it shows of them (``trainer.callback_metrics`` and the like) also holds the metrics of validation, which stay.
     """
     results = trainer.fit_loop.epoch_loop._results
     kept = {key: (metric, dict(metric.__dict__)) for key, metric in results.items()}
+    connector = trainer._logger_connector
+    shown = {name: dict(getattr(connector, name)) for name in _SHOWN}
 
     def undo() -> None:
+        for key in {metric.meta.name + suffix for metric in results.values() for suffix in ("", "_step", "_epoch")}:
+            for name, values in shown.items():
+                if key in values:
+                    getattr(connector, name)[key] = values[key]
+                else:
+                    getattr(connector, name).pop(key, None)
         for key in [key for key in results if key not in kept]:
             dict.pop(results, key)
         for key, (metric, values) in kept.items():
             metric.__dict__.clear()
             metric.__dict__.update(values)
             dict.__setitem__(results, key, metric)
+
+    return undo
+
+
+def save_manual(trainer: Any) -> Undo:
+    """Remembers what a step with manual optimization steps and toggles by itself: schedulers, and which parameters learn."""
+    learning = [(parameter, parameter.requires_grad) for parameter in trainer.lightning_module.parameters()]
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    states = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
+
+    def undo() -> None:
+        for parameter, requires_grad in learning:
+            if parameter.requires_grad is not requires_grad:
+                parameter.requires_grad_(requires_grad)
+        for scheduler, state in zip(schedulers, states, strict=True):
+            scheduler.load_state_dict(copy.deepcopy(state))
 
     return undo
 
@@ -80,14 +107,8 @@ def save_progress(trainer: Any) -> Undo:
 
 
 @contextmanager
-def quiet(trainer: Any, module: Any, entered: Callable[[], Any]) -> Iterator[None]:
-    """A training step that is run again logs nothing, prints nothing and reaches no logger.
-
-    Args:
-        trainer: the Trainer.
-        module: its LightningModule.
-        entered: gives the context that the step runs in, such as the precision plugin's.
-    """
+def quiet(trainer: Any, module: Any) -> Iterator[None]:
+    """A training step that is run again logs nothing, prints nothing and reaches no logger."""
     patches = Patches()
     loggers, name = trainer.loggers, module._current_fx_name
     for method in ("log", "log_dict", "print"):
@@ -95,8 +116,7 @@ def quiet(trainer: Any, module: Any, entered: Callable[[], Any]) -> Iterator[Non
     trainer.loggers = []
     module._current_fx_name = "training_step"
     try:
-        with entered():
-            yield
+        yield
     finally:
         module._current_fx_name = name
         trainer.loggers = loggers

@@ -121,7 +121,7 @@ def _save_mapping(value: dict[Any, Any]) -> Undo:
     def undo() -> None:
         value.clear()
         for key, entry in copy:  # not `update`, which a Counter understands differently
-            value[key] = entry
+            value[key] = entry  # noqa: PERF403
 
     return undo
 
@@ -145,7 +145,7 @@ def _save_object(value: Any, undos: list[Undo], seen: set[int], depth: int) -> N
         undos.append(lambda: value.setstate(numbers))
     elif type(value).__module__.startswith("numpy"):
         _save_numpy(value, undos)
-    elif _is_users(type(value)):
+    elif _is_users(type(value)):  # type: ignore[arg-type]
         own = getattr(value, "__dict__", None)
         if isinstance(own, dict) and len(own) <= _LONGEST:
             undos.append(_save_mapping(own))

@@ -21,7 +21,7 @@ from nanguard.capture.encode import TreeEncoder
 from nanguard.capture.unstored import Unstored
 from nanguard.errors import CaptureError
 
-Point = namedtuple("Point", ["x", "y"])  # noqa: PYI024
+Point = namedtuple("Point", ["x", "y"])
 
 
 class Colour(enum.Enum):
@@ -153,9 +153,13 @@ scalars = st.one_of(
     st.sampled_from([Colour.RED, Colour.BLUE, Access.READ | Access.WRITE, Access(0)]),
     st.sampled_from([torch.float32, torch.device("cpu"), torch.Size([2, 3]), torch.Size([]), pathlib.Path("a/b"), ...]),
     st.sampled_from([slice(1, None, 2), range(3), torch.channels_last, torch.sparse_coo]),
-    st.sampled_from([np.float32(1.5), np.datetime64("2020-01-01"), np.int8(-3), np.str_("x"), np.arange(6).reshape(2, 3).T]),
+    st.sampled_from(
+        [np.float32(1.5), np.datetime64("2020-01-01"), np.int8(-3), np.str_("x"), np.arange(6).reshape(2, 3).T]
+    ),
 )
-keys = st.one_of(st.text(), st.integers(), st.booleans(), st.none(), st.floats(allow_nan=False), st.tuples(st.integers()))
+keys = st.one_of(
+    st.text(), st.integers(), st.booleans(), st.none(), st.floats(allow_nan=False), st.tuples(st.integers())
+)
 leaves = st.one_of(scalars, st.builds(lambda t, view: view(t), tensors, views))
 trees = st.recursive(
     leaves,
@@ -217,7 +221,9 @@ def test_an_expanded_tensor_is_stored_once() -> None:
     assert [stored.numel() for stored in encoder.tensors.values()] == [4]
 
 
-@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc])
+@pytest.mark.parametrize(
+    "layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 def test_sparse_tensors(layout: torch.layout, dtype: torch.dtype) -> None:
     dense = torch.zeros(4, 6, dtype=dtype)
@@ -398,7 +404,14 @@ def test_shared_structure_does_not_explode() -> None:
 def test_unstored_values_refuse_every_use() -> None:
     back = round_trip([Parser()])[0]
     assert "not stored: batch[0]" in repr(back)
-    for use in (lambda: back.x, lambda: back(), lambda: back[0], lambda: list(back), lambda: len(back), lambda: bool(back)):
+    for use in (
+        lambda: back.x,
+        lambda: back(),
+        lambda: back[0],
+        lambda: list(back),
+        lambda: len(back),
+        lambda: bool(back),
+    ):
         with pytest.raises(CaptureError, match=r"batch\[0\] .*fill=\{'batch\[0\]': value\}"):
             use()
 

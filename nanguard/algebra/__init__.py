@@ -16,7 +16,7 @@ Each front end (eager code, compiled graphs, source) turns a call into a `Call`,
 from nanguard.algebra.call import Call, Operand
 from nanguard.algebra.registry import Law, Names, Rule, laws, lookup, match, rules
 from nanguard.algebra.spelling import Spelling
-from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term, Unrecognised, leaves, subterms, untracked
+from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term, Unrecognised, untracked
 
 __all__ = [
     "Apply",
@@ -32,10 +32,8 @@ __all__ = [
     "Term",
     "Unrecognised",
     "laws",
-    "leaves",
     "lookup",
     "match",
     "rules",
-    "subterms",
     "untracked",
 ]

@@ -110,7 +110,9 @@ def shift(a: Term, constant: float) -> Term:
 
 
 def log_softmax(a: Term, dim: int) -> Term:
-    """Rests on log softmax(x, d)."""
+    """The logarithm of softmax(x, d). Probabilities that are normalised already stay as they are."""
+    if isinstance(a, Apply) and a.operator is LOG_SOFTMAX and a.params["dim"] == dim:
+        return a
     return Apply(LOG_SOFTMAX, (a,), a.shape, dim=dim)
 
 
@@ -142,17 +144,17 @@ def _reduced(shape: Shape, dims: tuple[int, ...], keepdim: bool) -> Shape:
 
 
 def logaddexp(a: Term, b: Term) -> Term:
-    """Rests on log(p + q), which is logaddexp(l, m)."""
+    """The logarithm of p + q."""
     return Apply(LOGADDEXP, (a, b), broadcast_shapes(a.shape, b.shape))
 
 
 def plus_constant(a: Term, constant: float) -> Term:
-    """Rests on log(p + c) for c > 0."""
+    """The logarithm of p + c, for c > 0."""
     return Apply(PLUS_CONSTANT, (a,), a.shape, constant=constant)
 
 
 def clamp(a: Term, minimum: float | None, maximum: float | None) -> Term:
-    """Rests on log being increasing: the logarithm of a bounded p is l, bounded by log a and log b; both above zero."""
+    """Bounds above zero for p are bounds for l: log is increasing."""
     if minimum is not None:
         a = Apply(CLAMP_MIN, (a,), a.shape, constant=minimum)
     if maximum is not None:

@@ -36,7 +36,8 @@ class Call:
     """One call of an operation, in canonical form.
 
     Attributes:
-        arguments: by canonical name. Tensors are `Operand`s; inside tuples, lists and slices they are `Leaf`s.
+        arguments: by canonical name. Tensors are `Operand`s, also in a list of nothing else; inside other tuples, lists and
+            slices they are `Leaf`s.
         shape: shape of the result (of the one at `position`, where there are several).
         position: which of several results is asked about.
         shapes: the shapes of all results.
@@ -59,6 +60,13 @@ class Call:
         value = self.arguments[name]
         if isinstance(value, Operand) and value.log is not None:
             return value.log
+        raise Unrecognised
+
+    def logs(self, name: str) -> tuple[Term, ...]:
+        """The logarithms of a list of operands. Raises `Unrecognised` where any of them is not known."""
+        value = self.arguments[name]
+        if isinstance(value, tuple) and all(isinstance(entry, Operand) and entry.log is not None for entry in value):
+            return tuple(entry.log for entry in value)
         raise Unrecognised
 
     def leaf(self, name: str = "input") -> Leaf:

@@ -23,7 +23,8 @@ _WRAPPERS = frozenset(
 )
 
 SELECTIONS = frozenset({"index", "gather", "take_along_dim", "index_select", "masked_select", "select"})
-MOVES = frozenset({"permute", "narrow", "diagonal"})
+# Of several that are put together, the first stands for all.
+MOVES = frozenset({"permute", "narrow", "diagonal", "cat", "stack"})
 
 
 def core(term: Term) -> Term:
@@ -56,7 +57,7 @@ def is_bare(term: Term) -> bool:
 def is_probability_or_total(term: Term) -> bool:
     """Whether an epsilon on it guards a probability or a sum of exponentials, and not a mixture or a ratio."""
     while isinstance(term, Apply):
-        if term.operator.name not in SELECTIONS | MOVES | {"reshape", "expand", "cat", "stack"}:
+        if term.operator.name not in SELECTIONS | MOVES | {"reshape", "expand"}:
             kinds = (build.LOG_SOFTMAX, build.LOG_SIGMOID, build.LOGSUMEXP, build.LOGMEANEXP, build.LOGADDEXP)
             return term.operator in kinds
         term = term.args[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, final
 
@@ -112,16 +112,16 @@ def rule(
     return declare
 
 
-def laws() -> Iterator[Law]:
+def laws() -> tuple[Law, ...]:
     """All laws and queries of all families."""
     _load()
-    return iter(_LAWS.values())
+    return tuple(_LAWS.values())
 
 
-def rules() -> Iterator[Rule]:
+def rules() -> tuple[Rule, ...]:
     """All rules, in order of their codes."""
     _load()
-    return iter(sorted(_RULES.values(), key=lambda known: known.code))
+    return tuple(sorted(_RULES.values(), key=lambda known: known.code))
 
 
 def lookup(code: str) -> Rule:
@@ -135,7 +135,12 @@ def lookup(code: str) -> Rule:
 
 def match(term: Term, kind: Kind) -> Rule | None:
     """The rule that a term is an instance of. At most one is (a test holds the rules to that)."""
-    return next((known for known in rules() if known.kind == kind and known.matches(term)), None)
+    return next((known for known in _of_kind(kind) if known.matches(term)), None)
+
+
+@functools.cache
+def _of_kind(kind: Kind) -> tuple[Rule, ...]:
+    return tuple(known for known in rules() if known.kind == kind)
 
 
 @functools.cache

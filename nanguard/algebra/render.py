@@ -9,10 +9,19 @@ from nanguard.algebra.term import Leaf, Term
 
 __all__ = ["replacement", "write"]
 
+# Longer ones, such as totals that were accumulated in a loop, are no line to write: the rule's own example is.
+LONGEST = 240
+
 
 def replacement(rule: Rule, term: Term, names: Names) -> str:
     """The expression to write instead of what `rule` found."""
-    return rule.suggest(term, names) or write(term, names)
+    text = rule.suggest(term, names) or write(term, names)
+    return text if len(text) <= LONGEST else _documented(rule)
+
+
+def _documented(rule: Rule) -> str:
+    code = rule.documentation.partition("## Use instead")[2].partition("```python\n")[2].partition("```")[0]
+    return code.strip().rpartition("result = ")[2]
 
 
 def write(term: Term, names: Names) -> str:
@@ -25,7 +34,7 @@ def write(term: Term, names: Names) -> str:
     if term.operator.infix and len(args) == 2 and "infix" in _form(term.args[1]):
         args[1] = f"({args[1]})"
     params = {name: _written(value, names) for name, value in term.params.items()}
-    return term.operator.source.format(*args, **params)
+    return term.operator.source.format(*args, all=", ".join(args), **params)
 
 
 def _form(term: Term) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -49,7 +50,7 @@ class Spelling:
     parameters: tuple[Parameter, ...]
     optional: bool = False
 
-    @property
+    @functools.cached_property
     def in_place(self) -> bool:
         """Whether it writes its result into its first argument."""
         name = self.path.rpartition(".")[2]

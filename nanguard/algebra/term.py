@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, ValuesView
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
-__all__ = [
-    "Apply",
-    "Leaf",
-    "Operator",
-    "Shape",
-    "Term",
-    "Unrecognised",
-    "leaves",
-    "map_leaves",
-    "subterms",
-    "untracked",
-]
+__all__ = ["Apply", "Leaf", "Operator", "Shape", "Term", "Unrecognised", "map_leaves", "untracked"]
 
 Shape: TypeAlias = "tuple[int, ...]"
 
@@ -65,6 +54,11 @@ class Leaf:
 
     size = 1
 
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The leaf itself."""
+        return (self,)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Leaf):
             return NotImplemented
@@ -84,9 +78,10 @@ class Apply:
         params: its parameters by name: numbers, dims, index keys (in which tensors are leaves).
         shape: the shape of the result.
         size: number of nodes, counted as a tree.
+        leaves: all tensors that the value depends on, index tensors included.
     """
 
-    __slots__ = ("args", "operator", "params", "shape", "size")
+    __slots__ = ("args", "leaves", "operator", "params", "shape", "size")
 
     def __init__(self, operator: Operator, args: tuple[Term, ...], shape: Shape, **params: Any) -> None:
         self.operator = operator
@@ -94,6 +89,8 @@ class Apply:
         self.shape = shape
         self.params = params
         self.size: int = 1 + sum(arg.size for arg in args)
+        own = tuple(_parameter_leaves(params.values())) if params else ()
+        self.leaves: tuple[Leaf, ...] = sum((arg.leaves for arg in args), own)
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -111,20 +108,6 @@ class Apply:
 
 
 Term: TypeAlias = "Leaf | Apply"
-
-
-def subterms(term: Term) -> Iterator[Term]:
-    """The term itself and all that it is made of, leaves of its parameters (index tensors) included."""
-    yield term
-    if isinstance(term, Apply):
-        for arg in term.args:
-            yield from subterms(arg)
-        yield from _parameter_leaves(list(term.params.values()))
-
-
-def leaves(term: Term) -> Iterator[Leaf]:
-    """All tensors that the value of the term depends on, index tensors included."""
-    return (part for part in subterms(term) if isinstance(part, Leaf))
 
 
 def map_leaves(change: Callable[[Leaf], Leaf], term: Term) -> Term:
@@ -145,7 +128,7 @@ def untracked(term: Term) -> Term:
 def _parameter_leaves(value: Any) -> Iterator[Leaf]:
     if isinstance(value, Leaf):
         yield value
-    elif isinstance(value, (tuple, list)):
+    elif isinstance(value, (tuple, list, ValuesView)):
         for entry in value:
             yield from _parameter_leaves(entry)
     elif isinstance(value, slice):

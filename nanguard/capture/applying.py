@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nanguard.capture.attributes import SCALARS
 from nanguard.capture.load import Capture
 from nanguard.capture.manifest import MANIFEST, MODULE
-from nanguard.capture.modules import named_state, plain_name
+from nanguard.capture.modules import device_of, named_state, plain_name
 from nanguard.capture.sections import decoded, read_extra
 from nanguard.errors import CaptureError
 
@@ -28,7 +28,7 @@ def apply_weights(capture: Capture, module: nn.Module) -> bool:
     if state is None:
         return False
     parts = {plain_name(name): part for name, part in module.named_modules()}
-    _fill_empty_buffers(state, parts)
+    _fill_empty_buffers(state, parts, device_of(module))
     live = named_state(module)
     _compare(capture, state, live, module)
     with torch.no_grad():
@@ -43,12 +43,10 @@ def apply_weights(capture: Capture, module: nn.Module) -> bool:
 
 def apply_training(capture: Capture, module: nn.Module) -> None:
     """Gives every submodule the captured training flag."""
-    flags = capture.manifest["module"].get("training")
-    if not isinstance(flags, dict):
-        raise CaptureError(f"{capture.path / MANIFEST}: entry 'module.training' is damaged; copy the capture again")
+    flags = capture.manifest["module"]["training"]
     for name, part in module.named_modules():
         if plain_name(name) in flags:
-            part.training = bool(flags[plain_name(name)])
+            part.training = flags[plain_name(name)]
 
 
 def apply_attributes(capture: Capture, module: nn.Module, *, captured: bool) -> list[str]:
@@ -59,27 +57,25 @@ def apply_attributes(capture: Capture, module: nn.Module, *, captured: bool) -> 
     """
     file = capture.path / MANIFEST
     entries = capture.manifest["module"]
-    initial = None if entries.get("initial") is None else _scalars(file, entries["initial"])
+    initial = None if entries["initial"] is None else _scalars(file, entries["initial"])
     parts = {plain_name(name): part for name, part in module.named_modules()}
     notes = []
-    for owner, values in _scalars(file, entries.get("attributes")).items():
+    for owner, values in _scalars(file, entries["attributes"]).items():
         own = parts[owner].__dict__ if owner in parts else {}
         for name, value in values.items():
             if name not in own or type(own[name]) not in SCALARS or _equal(own[name], value):
                 continue
-            moved_on = initial is None or not _equal(initial.get(owner, {}).get(name), value)
-            notes.append(_note(f"{owner}.{name}".lstrip("."), own[name], value, captured and moved_on))
-            if captured and moved_on:
+            moved_on = initial is not None and not _equal(initial.get(owner, {}).get(name), value)
+            replaced = captured and (moved_on or initial is None)
+            if not (moved_on and replaced):  # a counter is what it was: nothing to explain
+                notes.append(_note(f"{owner}.{name}".lstrip("."), own[name], value, replaced))
+            if replaced:
                 own[name] = value
     return notes
 
 
 def _scalars(file: Any, entries: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(entries, list) or not all(
-        isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in entries
-    ):
-        raise CaptureError(f"{file}: entry 'module.attributes' is damaged; copy the capture again")
-    return {owner: decoded(file, nodes, f"module.attributes of {owner!r}") for owner, nodes in entries}
+    return {owner: decoded(file, nodes) for owner, nodes in entries}
 
 
 def _note(name: str, own: Any, captured: Any, replaced: bool) -> str:
@@ -103,18 +99,18 @@ def _assign(live: Tensor, captured: Tensor) -> None:
         live.requires_grad_(captured.requires_grad)
 
 
-def _fill_empty_buffers(state: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> None:
+def _fill_empty_buffers(state: Mapping[str, Tensor], parts: Mapping[str, nn.Module], device: torch.device) -> None:
     """Buffers that were registered as None and filled by a later step are as they were then."""
     for name, tensor in state.items():
         owner, _, last = name.rpartition(".")
         buffers = parts[owner]._buffers if owner in parts else {}
         if last in buffers and buffers[last] is None:
-            buffers[last] = tensor
+            buffers[last] = tensor.to(device)
 
 
 def _compare(capture: Capture, state: Mapping[str, Tensor], live: Mapping[str, Tensor], module: nn.Module) -> None:
     # Caches (buffers that are not persistent) may come, go and grow.
-    cached = set(capture.manifest["module"].get("transient", ()))
+    cached = set(capture.manifest["module"]["transient"])
     persistent = {plain_name(name) for name in module.state_dict(keep_vars=True)} | dict(
         module.named_parameters()
     ).keys()
@@ -135,7 +131,7 @@ def _compare(capture: Capture, state: Mapping[str, Tensor], live: Mapping[str, T
         if names
     ]
     if problems:
-        built = capture.manifest["module"].get("class")
+        built = capture.manifest["module"]["class"]
         raise CaptureError(
             f"{capture.path / MODULE}: the captured weights do not fit the module.\n  "
             + "\n  ".join(problems)

@@ -54,18 +54,18 @@ def leaves(capture: Capture) -> list[Leaf]:
 
 def summary(capture: Capture) -> dict[str, Any]:
     """All of it as JSON values: path, incident, step, leaves, missing, weights, versions, replay."""
-    weights = capture.manifest["module"].get("state")
+    weights = capture.manifest["module"]["state"]
     return {
         "path": str(capture.path),
         "incident": capture.incident.to_dict(),
         "step": dict(capture.manifest["step"]),
-        "module": capture.manifest["module"].get("class"),
+        "module": capture.manifest["module"]["class"],
         "leaves": [asdict(leaf) for leaf in leaves(capture)],
         "missing": list(capture.missing),
         "weights": None if weights is None else len(weights),
         "optimizer": bool((capture.manifest.get("optimizers") or {}).get("whole")),
         "versions": capture.versions,
-        "machine": capture.manifest.get("machine"),
+        "machine": capture.manifest["machine"],
         "files": capture.manifest["files"],
         "replay": capture.incident.replay,
     }

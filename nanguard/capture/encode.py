@@ -181,7 +181,10 @@ class TreeEncoder:
     def _key(self, key: Any) -> Any:
         if isinstance(key, tuple) and type(key) is tuple:
             return {"kind": "tuple", "items": [self._key(entry) for entry in key]}
-        if not isinstance(key, (str, int, float, bytes, enum.Enum, type(None), complex)):
+        plain = (
+            isinstance(key, (str, int, float, bytes, enum.Enum, type(None), pathlib.PurePath)) or type(key) in _SIMPLE
+        )
+        if not plain and type(key).__module__ != "numpy":
             raise Unstorable(f"a {type(key).__name__} in a place that needs a plain value")
         lost = len(self.missing)
         node = self.encode(key, "key")
@@ -212,6 +215,7 @@ class TreeEncoder:
         return node
 
     def _put(self, tensor: Tensor, name: str) -> str:
+        name = name.encode("utf-8", "replace").decode()  # a key may hold what no file can
         unique, number = name, 1
         while unique in self.tensors or unique == "__metadata__":
             number += 1

@@ -62,7 +62,7 @@ def build_module(factory: Any, capture: Capture) -> Any:
 
 
 def _from_hparams(factory: Any, capture: Capture, error: TypeError) -> Any:
-    nodes = capture.manifest["module"].get("hparams")
+    nodes = capture.manifest["module"]["hparams"]
     if not isinstance(factory, type) or not nodes:
         reason = "the capture holds no hyperparameters" if isinstance(factory, type) else "a function gets no arguments"
         raise CaptureError(
@@ -71,7 +71,7 @@ def _from_hparams(factory: Any, capture: Capture, error: TypeError) -> Any:
         ) from error
     from nanguard.capture.sections import decoded
 
-    hparams = decoded(capture.path / MANIFEST, nodes, "module.hparams")
+    hparams = decoded(capture.path / MANIFEST, nodes)
     try:
         return factory(**hparams)
     except Exception as second:

@@ -9,8 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, final
 
-from nanguard.capture.manifest import BATCH, MANIFEST, MODULE, OPTIMIZER, RNG, read_manifest
-from nanguard.errors import CaptureError
+from nanguard.capture.manifest import BATCH, MODULE, OPTIMIZER, RNG, read_manifest, replay_command
 from nanguard.incident import Incident
 
 if TYPE_CHECKING:
@@ -52,8 +51,10 @@ class Capture:
 
     @cached_property
     def incident(self) -> Incident:
-        """What happened, with `capture` set to where the capture lies now."""
-        return dataclasses.replace(Incident.from_dict(self.manifest["incident"]), capture=str(self.path))
+        """What happened, with `capture` and `replay` set to where the capture lies now."""
+        command = replay_command(self.path, str(self.manifest["module"]["class"]))
+        found = Incident.from_dict(self.manifest["incident"])
+        return dataclasses.replace(found, capture=str(self.path), replay=command)
 
     @property
     def step(self) -> int:
@@ -78,26 +79,18 @@ class Capture:
     @property
     def loss(self) -> float | None:
         """The loss that the step computed then, or `None` where it was not known."""
-        loss = self.manifest["step"].get("loss")
-        try:
-            return None if loss is None else float(loss)
-        except (TypeError, ValueError):
-            raise CaptureError(
-                f"{self.path / MANIFEST}: entry 'step.loss': found {loss!r}; expected a number"
-            ) from None
+        loss = self.manifest["step"]["loss"]
+        return None if loss is None else float(loss)
 
     @property
     def versions(self) -> dict[str, str]:
         """Versions of Python, torch and the libraries that wrote the capture."""
-        return {str(name): str(version) for name, version in self.manifest["versions"].items()}
+        return dict(self.manifest["versions"])
 
     @property
     def missing(self) -> tuple[dict[str, Any], ...]:
         """What of the batch could not be stored: dictionaries with ``path``, ``type``, ``reason`` and ``optional``."""
-        entries = self.manifest["missing"]
-        if not all(isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in entries):
-            raise CaptureError(f"{self.path / MANIFEST}: entry 'missing' is damaged; copy the capture again")
-        return tuple(dict(entry) for entry in entries)
+        return tuple(dict(entry) for entry in self.manifest["missing"])
 
     @cached_property
     def args(self) -> tuple[Any, ...]:
@@ -133,14 +126,14 @@ class Capture:
         state = self.state()
         if state is None:
             return None
-        transient = set(self.manifest["module"].get("transient", ()))
+        transient = set(self.manifest["module"]["transient"])
         return {name: tensor for name, tensor in state.items() if name not in transient}
 
     @cached_property
     def optimizer_state(self) -> list[dict[str, Any]] | None:
         """What `state_dict` of each optimizer was, or `None` where the capture does not hold it."""
         held = self.manifest.get("optimizers")
-        return self.optimizers() if isinstance(held, dict) and held.get("whole") else None
+        return self.optimizers() if held is not None and held["whole"] else None
 
     def arguments(
         self, fill: Mapping[str, Any] | None = None, device: torch.device | None = None
@@ -153,7 +146,7 @@ class Capture:
         """
         from nanguard.capture.sections import CPU, read_arguments
 
-        module_device = self.manifest["module"].get("device")
+        module_device = self.manifest["module"]["device"]
 
         def place(recorded: torch.device) -> torch.device:
             return device if device is not None and recorded.type in ("cuda", module_device) else CPU

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nanguard.capture.schema import check_manifest
 from nanguard.errors import CaptureError
-from nanguard.incident import Incident
 
 __all__ = [
     "BATCH",
@@ -32,31 +32,6 @@ MANIFEST = "manifest.json"
 BATCH, RNG, MODULE, OPTIMIZER = (f"{name}.safetensors" for name in ("batch", "rng", "module", "optimizer"))
 # Folders with this prefix are captures that are being written, or that a crash left behind.
 PARTIAL = ".tmp-"
-
-_REQUIRED: dict[str, type | tuple[type, ...]] = {
-    "incident": dict,
-    "step": dict,
-    "versions": dict,
-    "settings": dict,
-    "module": dict,
-    "args": dict,
-    "kwargs": dict,
-    "rng": dict,
-    "missing": list,
-    "files": dict,
-}
-_STEP: dict[str, type | tuple[type, ...]] = {
-    "step": int,
-    "epoch": int,
-    "batch_idx": int,
-    "dataloader_idx": int,
-    "rank": int,
-    "accumulate": int,
-    "scale": (int, float),
-    "precision": (dict, type(None)),
-    "stabilize": dict,
-    "trainer": list,
-}
 
 
 def capture_name(step: int, rank: int) -> str:
@@ -109,9 +84,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             f"{file}: found format_version {version!r}; this nanguard reads version {FORMAT_VERSION}. "
             f"Read the capture with the nanguard that wrote it ({_writer(manifest)}), or write it anew"
         )
-    _check(file, "", manifest, _REQUIRED)
-    _check(file, "step.", manifest["step"], _STEP)
-    _check_incident(file, manifest["incident"])
+    check_manifest(file, manifest)
     _check_files(folder, manifest["files"])
     return manifest
 
@@ -141,24 +114,6 @@ def _parse(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CaptureError(f"{file}: found {type(data).__name__}; expected a JSON object; the file is damaged")
     return data
-
-
-def _check(file: Path, prefix: str, data: dict[str, Any], expected: dict[str, type | tuple[type, ...]]) -> None:
-    for key, kind in expected.items():
-        if key not in data:
-            raise CaptureError(f"{file}: entry {prefix + key!r} is missing; the file is damaged")
-        if not isinstance(data[key], kind) or (isinstance(data[key], bool) and kind is int):
-            names = kind.__name__ if isinstance(kind, type) else " or ".join(one.__name__ for one in kind)
-            raise CaptureError(
-                f"{file}: entry {prefix + key!r}: found {type(data[key]).__name__}; expected {names}; the file is damaged"
-            )
-
-
-def _check_incident(file: Path, data: dict[str, Any]) -> None:
-    try:
-        Incident.from_dict(data).render()
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CaptureError(f"{file}: entry 'incident' is damaged: {error}") from None
 
 
 def _check_files(folder: Path, files: dict[str, Any]) -> None:

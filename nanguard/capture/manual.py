@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
@@ -60,7 +61,7 @@ class Optimizers:
         if own is not None:
             own(scaled, *args, **kwargs)
         else:
-            scaled.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+            scaled.backward(*args, **kwargs)
         if not all_finite([loss]):
             raise Ended
 
@@ -76,6 +77,7 @@ class Optimizers:
             self.stepped += 1
             return result
 
+        functools.update_wrapper(checked, step)  # schedulers ask for the marks that they have left on it
         # In the instance, where users and schedulers look first; these optimizers live as long as the replay.
         optimizer.step = checked
         # What Lightning's own wrapper of an optimizer offers beyond.

@@ -65,11 +65,8 @@ class ModuleMemory:
         registries = [(own[name], dict(own[name])) for name in ("_parameters", "_buffers", "_modules")]
 
         def undo() -> None:
-            for name in own.keys() - values.keys():
-                del own[name]
-            own.update(values)
-            for registry, entries in registries:
-                registry.clear()
+            for registry, entries in ((own, values), *registries):
+                registry.clear()  # the order of the names comes back too
                 registry.update(entries)
 
         self._undos.append(undo)

@@ -52,7 +52,7 @@ def describe_module(
         "attributes": [[plain_name(name), encoded(values)] for name, values in found.items()],
         "initial": None if initial is None else [[plain_name(k), encoded(only_scalars(v))] for k, v in initial.items()],
         "hparams": _hparams(getattr(module, "hparams", None) if hparams is None else hparams),
-        **(_weights(module, encoder, overrides) if weights else {"state": None}),
+        **(_weights(module, encoder, overrides) if weights else {"state": None, "transient": [], "extra": []}),
     }
 
 
@@ -72,7 +72,6 @@ def _weights(module: nn.Module, encoder: TreeEncoder, overrides: Mapping[str, Te
         "state": nodes,
         "transient": [name for name, _ in nodes if name not in persistent],
         "extra": extra,
-        "missing": encoder.missing,
     }
 
 

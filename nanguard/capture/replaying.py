@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +70,7 @@ def replay(
     """
     capture = capture if isinstance(capture, Capture) else load_capture(capture)
     _check(capture, module, step, fill or {}, weights=weights, attributes=attributes, optimizer=optimizer)
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     device = device_of(module)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -78,19 +80,21 @@ def replay(
         notes = _restored(capture, module, weights, attributes, device)
         manual = step is None and not getattr(module, "automatic_optimization", True)
         optimizers = _prepare(capture, module, trainer or {}, manual, optimizer, device)
-        function: Any = step if step is not None else getattr(type(module), "training_step")  # noqa: B009
+        function: Any = module.training_step if step is None else partial(step, module)
         start = ModuleMemory(module) if explain is not None else None
 
         def arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
             return capture.arguments(fill, device)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return function(module, *args, **kwargs)
+            with numerics(
+                capture, device, stabilize
+            ):  # the backward pass of automatic optimization is outside, as in a run
+                return function(*args, **kwargs)
 
         args, kwargs = arguments()
-        stack.enter_context(numerics(capture, device, stabilize))
+        run = partial(call, *args, **kwargs)
         _rewind_rng(capture)
-        run = lambda: call(*args, **kwargs)  # noqa: E731
         outcome = run_manual(capture, module, run, optimizers) if optimizers else run_automatic(capture, module, run)
         incident = _incident(capture, module, outcome)
         if incident is not None and explain is not None and start is not None:
@@ -133,7 +137,7 @@ def _check(
     if not isinstance(module, nn.Module):
         hint = "; it is a class: call it" if isinstance(module, type) else ""
         raise CaptureError(f"replay: module: found {module!r}; expected a LightningModule{hint}")
-    if step is None and not callable(getattr(type(module), "training_step", None)):
+    if step is None and not callable(getattr(module, "training_step", None)):
         raise CaptureError(
             f"replay: module: found {type(module).__name__}, which has no training_step; expected a LightningModule, or a "
             "function that computes the loss: replay(..., step=lambda module, *args, **kwargs: ...)"
@@ -154,7 +158,7 @@ def _covers(path: str, missing: str) -> bool:
 
 
 def _restored(capture: Capture, module: nn.Module, weights: str, attributes: str, device: torch.device) -> list[str]:
-    notes = version_notes(capture.versions, capture.manifest.get("machine", {}), device)
+    notes = version_notes(capture.versions, capture.manifest["machine"], device)
     apply_training(capture, module)
     notes += apply_attributes(capture, module, captured=attributes == "captured")
     if weights == "captured" and not apply_weights(capture, module):
@@ -171,7 +175,7 @@ def _prepare(
     def backward(*args: Any, **kwargs: Any) -> None:
         held[0].backward(*args, **kwargs)
 
-    facts = {**decoded(capture.path / MANIFEST, capture.manifest["step"]["trainer"], "step.trainer"), **extra}
+    facts = {**decoded(capture.path / MANIFEST, capture.manifest["step"]["trainer"]), **extra}
     facts.setdefault("accumulate_grad_batches", capture.manifest["step"]["accumulate"])
     stand_in = TrainerStandIn(
         facts, step=capture.step, epoch=capture.epoch, rank=capture.rank, device=device, backward=backward

@@ -70,7 +70,11 @@ class FailedStep:
         self.args, self.kwargs = self._arguments()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The loss of the step with its graph, for `args` and `kwargs` as `training_step` takes them."""
+        """The loss of the step with its graph, under the captured autocast and stabiliser.
+
+        Args:
+            args, kwargs: what `training_step` takes, such as those of this object.
+        """
         return loss_of(self._step(*args, **kwargs))
 
 
@@ -85,7 +89,7 @@ def run_automatic(capture: Capture, module: nn.Module, step: Callable[[], Any]) 
         shared = loss / divisor if divisor > 1 else loss
         backward: Any = getattr(module, "backward", torch.Tensor.backward)
         scaled = shared if scale == 1.0 else shared * scale
-        backward(scaled) if hasattr(module, "backward") else scaled.backward()  # type: ignore[no-untyped-call]
+        backward(scaled) if hasattr(module, "backward") else scaled.backward()
     return _judged(module, loss.detach(), scale)
 
 

@@ -61,17 +61,13 @@ class _TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def decoded(file: Path, entries: Any, what: str, decoder: TreeDecoder | None = None) -> dict[str, Any]:
+def decoded(file: Path, entries: Any, decoder: TreeDecoder | None = None) -> dict[str, Any]:
     """Name -> value from a list of ``[name, node]``; scalars only where there is no decoder.
 
     Raises:
         CaptureError: where an entry is damaged.
     """
     decoder = decoder or TreeDecoder(file, {})
-    if not isinstance(entries, list) or not all(
-        isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in entries
-    ):
-        raise CaptureError(f"{file}: entry {what!r}: expected a list of names and values; the file is damaged")
     return {name: decoder.decode(node, name) for name, node in entries}
 
 
@@ -85,13 +81,10 @@ def read_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the step; raises `CaptureError` for a damaged entry and for a `fill` that names nothing."""
     decoder = TreeDecoder(file, _TensorFile(file), fill, place)
-    items = args.get("items")
-    if not isinstance(items, list):
-        raise CaptureError(f"{file}: entry 'args' is damaged; copy the capture again")
     positional = tuple(
-        decoder.decode(node, "batch" if index == 0 else f"args[{index}]") for index, node in enumerate(items)
+        decoder.decode(node, "batch" if index == 0 else f"args[{index}]") for index, node in enumerate(args["items"])
     )
-    named = decoded(file, kwargs.get("items"), "kwargs", decoder)
+    named = decoded(file, kwargs["items"], decoder)
     unused = sorted(set(fill) - decoder.filled)
     if unused:
         known = ", ".join(repr(entry["path"]) for entry in missing) or "nothing: the capture is whole"
@@ -115,9 +108,9 @@ def read_rng(file: Path, node: Any) -> RngState:
 
 def read_state(file: Path, module: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """Parameters and buffers by name, or `None` where none are held."""
-    if module.get("state") is None:
+    if module["state"] is None:
         return None
-    state = decoded(file, module["state"], "module.state", TreeDecoder(file, _TensorFile(file)))
+    state = decoded(file, module["state"], TreeDecoder(file, _TensorFile(file)))
     for name, tensor in state.items():
         if isinstance(tensor, Unstored):
             raise CaptureError(
@@ -130,16 +123,14 @@ def read_state(file: Path, module: Mapping[str, Any]) -> dict[str, Tensor] | Non
 
 def read_extra(file: Path, module: Mapping[str, Any]) -> dict[str, Any]:
     """What `get_extra_state` of the submodules returned, by the name of the submodule."""
-    return decoded(file, module.get("extra", []), "module.extra", TreeDecoder(file, _TensorFile(file)))
+    return decoded(file, module["extra"], TreeDecoder(file, _TensorFile(file)))
 
 
 def read_optimizers(file: Path, entry: Any) -> list[dict[str, Any]] | None:
     """The states of the optimizers, or `None` where none are held."""
     if entry is None:
         return None
-    states = TreeDecoder(file, _TensorFile(file)).decode(
-        entry.get("states") if isinstance(entry, dict) else entry, "optimizers"
-    )
+    states = TreeDecoder(file, _TensorFile(file)).decode(entry["states"], "optimizers")
     if not isinstance(states, list) or not all(isinstance(state, dict) and "param_groups" in state for state in states):
         raise CaptureError(f"{file}: entry 'optimizers' is damaged; copy the capture again")
     return states

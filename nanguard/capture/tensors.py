@@ -56,7 +56,10 @@ def pack(tensor: Tensor, put: Callable[[Tensor, str], str]) -> dict[str, Any]:
         node.update(_pack_dense(plain, put, ""))
     else:
         node["layout"] = str(plain.layout)[6:]
-        node["parts"] = {name: _pack_dense(part.clone(memory_format=torch.contiguous_format), put, f".{name}") for name, part in _parts(plain).items()}
+        node["parts"] = {
+            name: _pack_dense(part.clone(memory_format=torch.contiguous_format), put, f".{name}")
+            for name, part in _parts(plain).items()
+        }
         if plain.layout is torch.sparse_coo:
             node["coalesced"] = plain.is_coalesced()
     return node

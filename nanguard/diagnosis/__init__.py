@@ -16,7 +16,7 @@ from nanguard.diagnosis.trace import Trace, describe_tensor
 from nanguard.incident import Cause, Origin, Verdict
 from nanguard.sentinel import nonfinite_names
 
-__all__ = ["Diagnosis", "MicroBatch", "Outcome", "Rerun", "diagnose", "suspects"]
+__all__ = ["Diagnosis", "MicroBatch", "Outcome", "Rerun", "batch_size", "diagnose", "suspects"]
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,14 @@ class MicroBatch:
         args: what the training step was given, the batch first.
         before: the state before the call.
         indices: the samples as indices into the dataset, where the loader tells.
+        stabilized: whether it ran under the stabiliser.
     """
 
     batch_idx: int
     args: tuple[Any, ...]
     before: Savepoint
     indices: tuple[int, ...] | None = None
+    stabilized: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,32 +61,32 @@ class Rerun:
         module: whose parameters the gradients are taken of.
         transaction: makes the savepoints that put everything back.
         step: called with the arguments of the training step; returns the loss, or `None`.
-        surroundings: what the step runs in (autocast, no logging), entered once for each run.
+        surroundings: what the step runs in (autocast, stabiliser, no logging), made anew for each run.
     """
 
     module: nn.Module
     transaction: Transaction
     step: Callable[..., Any]
-    surroundings: Callable[[], AbstractContextManager[Any]] = nullcontext
+    surroundings: Callable[[MicroBatch], AbstractContextManager[Any]] = nullcontext
 
     def __call__(self, micro: MicroBatch, args: Sequence[Any] | None = None, trace: Trace | None = None) -> Outcome:
         """Runs `micro`, with other arguments if `args` are given, recorded by `trace` if there is one."""
         after = self.transaction.savepoint()
         micro.before.restore()
         try:
-            return self._run(tuple(micro.args if args is None else args), trace)
+            return self._run(micro, tuple(micro.args if args is None else args), trace)
         except Exception as error:  # a sub-batch may well be too small for the model
             return Outcome(error=error)
         finally:
             after.restore()
             after.release()
 
-    def _run(self, args: tuple[Any, ...], trace: Trace | None) -> Outcome:
+    def _run(self, micro: MicroBatch, args: tuple[Any, ...], trace: Trace | None) -> Outcome:
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(self.surroundings())
+            stack.enter_context(self.surroundings(micro))
             if trace is not None:
                 stack.enter_context(trace.recording())
             loss = self.step(*args)

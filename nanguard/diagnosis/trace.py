@@ -38,10 +38,12 @@ class _Record:
     frame: Frame | None
     backward: bool
     sequence: int | None
+    function: str | None = None
     sources: list[tuple[Tensor, _Record | None]] = field(default_factory=list)
     stats: tuple[TensorStats, ...] = ()
     deliberate: bool = False
     zero_gradient: bool = False
+    begun: _Record | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Trace(TorchDispatchMode):
         self._count += 1
         node = torch._C._current_autograd_node()
         sequence = node._sequence_nr() if node is not None else None
-        record = _Record(self._count, _op_name(func), self._stack[-1], None, node is not None, sequence)
+        record = _Record(self._count, _op_name(func), self._stack[-1], None, node is not None, sequence, _written(node))
         if node is None:
             record.frame = user_frame()
             self._forward.setdefault(torch.autograd._get_sequence_nr() - 1, record)
@@ -123,6 +125,11 @@ class Trace(TorchDispatchMode):
         if not record.sources and not record.deliberate:
             record.stats = tuple(describe_tensor(f"input {i}", tensor) for i, tensor in enumerate(inputs))
             record.zero_gradient = _zero_where_bad(inputs, bad)
+        for _, maker in record.sources:
+            if maker is not None and maker.backward and maker.sequence == sequence:
+                # The same derivative, continued: 0 * inf where `pow` and others multiply the gradient last.
+                record.begun = maker.begun or maker
+                record.begun.zero_gradient |= _zero_where_bad(inputs, bad)
         self._records.append(record)
         for tensor in bad:
             self._kept.append(tensor)  # keeps the storage's address from being used again
@@ -169,7 +176,7 @@ class Trace(TorchDispatchMode):
         frame = place.frame
         stats = record.stats or ((describe_tensor("input", external),) if external is not None else ())
         origin = Origin(
-            op=place.op,
+            op=record.function or place.op,
             phase="backward" if record.backward else "forward",
             module=place.module,
             file=frame.file if frame else None,
@@ -208,10 +215,17 @@ def _op_name(func: Any) -> str:
 
 
 def _zero_where_bad(inputs: list[Tensor], bad: list[Tensor]) -> bool:
-    """Whether the incoming gradient is 0 wherever the result is bad, as in a branch that `where` did not choose."""
-    if not inputs or inputs[0].shape != bad[0].shape:
+    """Whether a gradient of 0 became NaN, as in a branch that `where` did not choose: 0 / 0 or 0 * inf."""
+    spots = ~torch.isfinite(bad[0])
+    if not bool(torch.isnan(bad[0][spots]).all()):
         return False
-    return bool((inputs[0][~torch.isfinite(bad[0])] == 0).all())
+    return any(entry.shape == spots.shape and bool((entry[spots] == 0).all()) for entry in inputs)
+
+
+def _written(node: Any) -> str | None:
+    """The class of a custom `autograd.Function` whose backward pass is running."""
+    function = getattr(type(node), "_forward_cls", None)
+    return None if function is None else str(function.__name__)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -39,7 +39,7 @@ def render_capture(capture: Capture) -> RenderableType:
     rows = [
         ("capture", str(capture.path)),
         ("step", f"{capture.step}, epoch {capture.epoch}, batch {capture.batch_idx}, rank {capture.rank}"),
-        ("module", str(capture.manifest["module"].get("class"))),
+        ("module", capture.manifest["module"]["class"]),
         ("loss", "unknown" if capture.loss is None else f"{capture.loss:.9g}"),
         ("autocast", str((step["precision"] or {}).get("autocast_dtype", "off"))),
         ("stabilizer", stabilized),
@@ -73,7 +73,7 @@ def _leaf_table(found: list[Leaf]) -> RenderableType:
     for leaf in found[:_MOST]:
         shape = "" if leaf.shape is None else "x".join(map(str, leaf.shape)) or "scalar"
         counts = [Text(str(count) if count else "", style="bold red") for count in (leaf.nan, leaf.inf)]
-        table.add_row(Text(leaf.path), leaf.dtype or leaf.type, shape, *counts, Text(leaf.value or ""))
+        table.add_row(Text(leaf.path), Text(leaf.dtype or leaf.type), shape, *counts, Text(leaf.value or ""))
     if len(found) > _MOST:
         return Group(table, Text(f"... and {len(found) - _MOST} more", style="dim"))
     return table

@@ -11,11 +11,14 @@ from typing import ParamSpec, TypeVar, final
 
 from nanguard.incident import Swap
 from nanguard.stabilizer.mode import StabilizerMode
+from nanguard.stabilizer.report import Report
 
 __all__ = ["stabilize"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_THREAD = threading.local()
 
 
 @final
@@ -32,6 +35,7 @@ class stabilize:
         epsilon: ``"keep"`` preserves the value of ``log(p + eps)`` and ``log(p.clamp(min=eps))`` exactly; ``"drop"`` treats an
             epsilon of at most 1e-3 on a probability, or on a sum of exponentials, as a guard against log 0 and computes log p
             itself. Where p is exactly 0 (a masked logit) the guard stays.
+        swaps: the list to fill, one entry for each place; without it every block starts a list of its own.
 
     Raises:
         ValueError: for any other `epsilon`.
@@ -47,24 +51,28 @@ class stabilize:
         As a decorator, ``@nanguard.stabilize()`` does the same for every call.
     """
 
-    def __init__(self, epsilon: str = "keep") -> None:
+    def __init__(self, epsilon: str = "keep", *, swaps: list[Swap] | None = None) -> None:
         if epsilon not in ("keep", "drop"):
             raise ValueError(f"stabilize: epsilon is {epsilon!r}; expected 'keep' or 'drop'")
         self._epsilon = epsilon
-        self._active = threading.local()
+        self._swaps = swaps
+        self._report = None if swaps is None else Report(swaps)
+
+    def __reduce__(self) -> tuple[Callable[..., stabilize], tuple[str, list[Swap] | None]]:
+        return _rebuilt, (self._epsilon, self._swaps)
 
     def __enter__(self) -> list[Swap]:
         """Activate it for this thread, and give the list that is filled with swaps while the block runs."""
-        mode = StabilizerMode(drop=self._epsilon == "drop")
+        mode = StabilizerMode(self._epsilon == "drop", self._report or Report([]))
         mode.__enter__()  # type: ignore[no-untyped-call]
-        self._stack().append(mode)
+        _active().append(mode)
         return mode.report.swaps
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Deactivate it and forget everything but the swaps."""
-        mode = self._stack().pop()
+        mode = _active().pop()
         try:
             mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         finally:
@@ -81,17 +89,22 @@ class stabilize:
             )
         if not callable(function):
             raise TypeError(f"stabilize: {function!r} is not callable; expected @stabilize(), or `with stabilize():`")
-        epsilon = self._epsilon
 
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            with stabilize(epsilon):
+            with self:
                 return function(*args, **kwargs)
 
         return wrapper
 
-    def _stack(self) -> list[StabilizerMode]:
-        if not hasattr(self._active, "modes"):
-            self._active.modes = []
-        stack: list[StabilizerMode] = self._active.modes
-        return stack
+
+def _active() -> list[StabilizerMode]:
+    """The active blocks of this thread, which end in the opposite order."""
+    if not hasattr(_THREAD, "modes"):
+        _THREAD.modes = []
+    modes: list[StabilizerMode] = _THREAD.modes
+    return modes
+
+
+def _rebuilt(epsilon: str, swaps: list[Swap] | None) -> stabilize:
+    return stabilize(epsilon, swaps=swaps)

@@ -37,8 +37,9 @@ def in_checkpoint() -> bool:
     if torch._C._current_graph_task_id() != -1:
         return True
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__name__:
-        return True
+    if hooks is not None:
+        # Other hooks may lie on top of those of a checkpoint.
+        return getattr(hooks[0], "__module__", "") == checkpoint.__name__ or _frame_of_checkpoint()
     # A reentrant checkpoint runs its forward without grad, and leaves no other trace than its frame.
     return not torch.is_grad_enabled() and _frame_of_checkpoint()
 

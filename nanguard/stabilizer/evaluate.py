@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanguard.algebra import Leaf, Term, leaves
+from nanguard.algebra import Leaf, Term
 from nanguard.algebra.build import LOG_SOFTMAX, SOFTMAX
 from nanguard.stabilizer.resolve import function
 
@@ -18,7 +18,7 @@ __all__ = ["compute_dtype", "evaluate"]
 
 def compute_dtype(term: Term, result: torch.dtype) -> torch.dtype:
     """The dtype to compute in: the widest of the leaves and the result, and float32 at least."""
-    return _widest(result, (leaf.value.dtype for leaf in leaves(term) if leaf.value.is_floating_point()))
+    return _widest(result, (leaf.value.dtype for leaf in term.leaves if leaf.value.is_floating_point()))
 
 
 def evaluate(term: Term, dtype: torch.dtype, *, private: bool = False) -> Tensor:

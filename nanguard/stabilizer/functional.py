@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "cat",
     "clamp_max",
     "clamp_min",
     "floor_zero",
@@ -22,6 +23,7 @@ __all__ = [
     "logsumexp",
     "plus_constant",
     "reshape",
+    "stack",
 ]
 
 
@@ -69,6 +71,16 @@ def floor_zero(l: Tensor, constant: float) -> Tensor:  # noqa: E741
 def reshape(l: Tensor, sizes: tuple[int, ...]) -> Tensor:  # noqa: E741
     """The same elements in the same order, in another shape."""
     return l.reshape(sizes)
+
+
+def cat(*parts: Tensor, dim: int) -> Tensor:
+    """The parts one after the other."""
+    return torch.cat(parts, dim)
+
+
+def stack(*parts: Tensor, dim: int) -> Tensor:
+    """The parts side by side, along a new dim."""
+    return torch.stack(parts, dim)
 
 
 def index(l: Tensor, key: Any) -> Tensor:  # noqa: E741

@@ -25,7 +25,8 @@ def graft(naive: Tensor, stable: Tensor, like: Tensor, dtype: torch.dtype, fresh
         slope: the derivative f' at `naive`.
 
     The result is memory of its own, laid out as elementwise functions of `like` are. Derivatives flow through `stable`, and
-    through `naive` only where somebody asks for the derivative at an intermediate that `stable` does not come from.
+    through `naive` only where somebody asks for the derivative at an intermediate that `stable` does not come
+    from. One call that asks for both at once gets the former only, and torch then raises that the intermediate is unused.
     """
     if not (torch.is_grad_enabled() and stable.requires_grad):
         return _laid_out(stable, like, dtype, fresh)

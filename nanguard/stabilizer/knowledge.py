@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from nanguard.algebra import Term, leaves
+from nanguard.algebra import Term
 
 __all__ = ["Knowledge", "Known", "is_plain"]
 
 # Larger terms, and longer histories, are forgotten: an exponential moving average must not keep all that went into it alive.
-LARGEST_TERM = 64
+LARGEST_TERM = 256
 LONGEST_HISTORY = 256
 
 
@@ -58,7 +58,7 @@ class Known:
         """Whether neither the tensor nor anything that the term depends on has changed since."""
         if tensor._version != self.version or tensor.requires_grad != self.requires_grad:
             return False
-        return all(leaf.value._version == leaf.version for leaf in leaves(self.term))
+        return all(leaf.value._version == leaf.version for leaf in self.term.leaves)
 
 
 @final
@@ -76,11 +76,11 @@ class Knowledge:
         return len(self._known)
 
     def might_know(self, args: tuple[Any, ...]) -> bool:
-        """Whether any of these arguments, or of the entries of a leading list, was ever recorded. Cheap, and no promise."""
+        """Whether any of these arguments, or of the entries of a list among them, was ever recorded. Cheap, and no promise."""
         known = self._known
         if not known:
             return False
-        return any(id(arg) in known for arg in args)
+        return any(id(arg) in known or (type(arg) in (list, tuple) and self.might_know(tuple(arg))) for arg in args)
 
     def find(self, tensor: Tensor) -> Known | None:
         """What is known about a tensor, and still true."""
@@ -99,7 +99,7 @@ class Knowledge:
         if term.size > LARGEST_TERM or known.depth > LONGEST_HISTORY:
             self._known.pop(key, None)
             return
-        keys = (storage_key(part) for part in (tensor, *(leaf.value for leaf in leaves(term))))
+        keys = (storage_key(part) for part in (tensor, *(leaf.value for leaf in term.leaves)))
         known.storages = frozenset(storage for storage in keys if storage is not None)
         self._watched |= known.storages
         self._known[key] = known
@@ -113,7 +113,7 @@ class Knowledge:
         """Forget a tensor's memory for good: from now on it can be edited unseen."""
         storage = storage_key(tensor) if isinstance(tensor, Tensor) else None
         if storage is not None:
-            self._escaped[storage] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            self._escaped[storage] = StorageWeakRef(tensor.untyped_storage())
             self._forget(storage)
 
     def is_trusted(self, tensor: Tensor) -> bool:
@@ -124,7 +124,7 @@ class Knowledge:
             return True
         storage = storage_key(tensor)
         found = self._escaped.get(storage) if storage is not None else None
-        return found is None or found.expired()  # type: ignore[no-untyped-call]
+        return found is None or found.expired()
 
     def pin(self, tensor: Any) -> None:
         """Note that somebody watches derivatives at this tensor."""
@@ -150,7 +150,7 @@ class Knowledge:
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is an ordinary dense tensor, of no subclass, that counts its versions."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return plain and not tensor.is_inference() and not tensor.is_neg() and not tensor.is_conj()
+    return plain and not (tensor.is_inference() or tensor.is_neg())
 
 
 def storage_key(tensor: Tensor) -> int | None:

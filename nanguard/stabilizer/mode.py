@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from nanguard.algebra import Call, Law, Leaf, Operand, Spelling, Term, Unrecognised, leaves, match, untracked
+from nanguard.algebra import Law, Spelling, Term, match
 from nanguard.algebra.families.epsilon import drop_epsilons
 from nanguard.algebra.linear import exponential
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.evaluate import compute_dtype, evaluate, is_fresh
 from nanguard.stabilizer.graft import graft, graft_in_place
-from nanguard.stabilizer.knowledge import Knowledge, Known, entries
+from nanguard.stabilizer.knowledge import Knowledge, entries
+from nanguard.stabilizer.reading import Reading
 from nanguard.stabilizer.report import Report
 from nanguard.stabilizer.resolve import law_table
 
@@ -74,17 +75,25 @@ def _meaning(function: Function) -> Any:
     return found
 
 
+def _warned(kwargs: dict[str, Any], frames: int) -> dict[str, Any]:
+    """The same arguments, except that a warning about an implicit dim looks as many frames further up as lie between."""
+    if "_stacklevel" in kwargs and kwargs.get("dim") is None:
+        return {**kwargs, "_stacklevel": kwargs["_stacklevel"] + frames}
+    return kwargs
+
+
 @final
 class StabilizerMode(TorchFunctionMode):
     """Carries what is known about logarithms beside the tensors of one block, and answers for them.
 
     Arguments:
         drop: whether small epsilons inside logarithms are dropped.
+        report: where swaps are noted.
     """
 
-    def __init__(self, drop: bool) -> None:
+    def __init__(self, drop: bool, report: Report) -> None:
         super().__init__()
-        self.report = Report()
+        self.report = report
         self._drop = drop
         self._knowledge = Knowledge()
 
@@ -105,8 +114,8 @@ class StabilizerMode(TorchFunctionMode):
                 return func(*args)
             if "out" in kwargs or "inplace" in kwargs:
                 self._edited(kwargs.get("out", args[:1]))
-            return func(*args, **kwargs)
-        kwargs = kwargs or {}
+            return func(*args, **_warned(kwargs, 3))
+        kwargs = _warned(kwargs, 4) if kwargs else {}
         if type(meaning) is tuple:
             return self._lawful(meaning[0], meaning[1], func, args, kwargs)
         subject = args[0] if args else None
@@ -133,7 +142,7 @@ class StabilizerMode(TorchFunctionMode):
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             bound = spelling.bind(args, kwargs)
-            reading = None if bound is None else _Reading(knowledge, bound, spelling.in_place and law.role == "source")
+            reading = None if bound is None else Reading(knowledge, bound, spelling.in_place and law.role == "source")
         if law.role == "query" and reading is not None:
             with torch._C.DisableTorchFunction():
                 answer = self._answer(law, spelling, reading)
@@ -152,7 +161,7 @@ class StabilizerMode(TorchFunctionMode):
         if "out" in kwargs:
             self._edited(kwargs["out"])
 
-    def _learn(self, law: Law, spelling: Spelling, reading: _Reading, result: Any) -> Any:
+    def _learn(self, law: Law, spelling: Spelling, reading: Reading, result: Any) -> Any:
         """Record what is known about the result of a call; a quotient may be replaced on the way."""
         several = isinstance(result, (tuple, list))
         results: list[Any] = list(result) if several else [result]
@@ -167,7 +176,7 @@ class StabilizerMode(TorchFunctionMode):
             self._knowledge.record(part, term, reading.parents)
         return result
 
-    def _quotient(self, reading: _Reading, term: Term, naive: Tensor) -> Tensor:
+    def _quotient(self, reading: Reading, term: Term, naive: Tensor) -> Tensor:
         stable_term = exponential(term)
         if stable_term is None or any(known.term == term for known in reading.parents):
             return naive
@@ -180,7 +189,7 @@ class StabilizerMode(TorchFunctionMode):
         self.report.add(rule, stable_term)
         return _grafted(naive, stable, stable_term, naive.dtype, torch.ones_like)
 
-    def _answer(self, law: Law, spelling: Spelling, reading: _Reading) -> Tensor | None:
+    def _answer(self, law: Law, spelling: Spelling, reading: Reading) -> Tensor | None:
         """The stable value of a query, or `None` where it has to be computed as written."""
         naive = reading.first
         if naive is None or not reading.parents or not reading.sound or not self._may_swap(reading):
@@ -203,11 +212,13 @@ class StabilizerMode(TorchFunctionMode):
             return graft_in_place(naive, stable, _SLOPES[law.name])
         return _grafted(naive, stable, term, dtype, _SLOPES[law.name])
 
-    def _may_swap(self, reading: _Reading) -> bool:
+    def _may_swap(self, reading: Reading) -> bool:
         return not any(known.is_pinned() for known in reading.parents) and not environment.in_checkpoint()
 
     def _computed(self, term: Term, naive: Tensor, dtype: torch.dtype) -> Tensor | None:
-        if not environment.plain_device([leaf.value for leaf in leaves(term)], naive.device):
+        if not environment.plain_device([leaf.value for leaf in term.leaves], naive.device):
+            return None
+        if any(name is not None for name in getattr(naive, "names", ())):
             return None
         if not torch.is_autocast_enabled(naive.device.type):
             stable = evaluate(term, compute_dtype(term, dtype), private=True)
@@ -231,91 +242,3 @@ def _may_be_overwritten(tensor: Tensor) -> bool:
     if environment.in_transform() or tensor._base is not None:
         return False
     return not (tensor.requires_grad and tensor.is_leaf)
-
-
-@final
-class _Reading:
-    """One call as the algebra sees it, together with what was known about its operands at that moment.
-
-    Attributes:
-        sound: whether every tensor among the arguments may be depended on.
-        parents: what is known of the operands.
-        tensors: the operands.
-    """
-
-    def __init__(self, knowledge: Knowledge, bound: Mapping[str, Any], keep_source: bool) -> None:
-        self._knowledge = knowledge
-        self._keep_source = keep_source
-        self._transformed = environment.in_transform()
-        self.sound = True
-        self.parents: tuple[Known, ...] = ()
-        self.tensors: list[Tensor] = []
-        self._arguments = {name: self._argument(value) for name, value in bound.items()}
-
-    @property
-    def first(self) -> Tensor | None:
-        return self.tensors[0] if self.tensors else None
-
-    def term(self, law: Law, position: int, results: list[Any]) -> Term | None:
-        """The logarithm of one of the results, or `None` where nothing is known about it."""
-        result, first = results[position], self.tensors[0] if self.tensors else None
-        if first is None or not _is_real(result) or result.device != first.device or not self._traceable(law, result):
-            return None
-        shapes = tuple(tuple(part.shape) for part in results)
-        call = Call(self._arguments, shapes[position], position, shapes, result.dtype == first.dtype)
-        try:
-            term = law.derive(call)
-        except Unrecognised:
-            return None
-        if term.shape != shapes[position]:
-            return None
-        return term if result.requires_grad or self._transformed else untracked(term)
-
-    def _traceable(self, law: Law, result: Tensor) -> bool:
-        """Whether it is certain that derivatives flow through the result, or certain that they do not."""
-        return not self._transformed or (law.name != "detach" and torch.is_grad_enabled())
-
-    def _argument(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._operand(value)
-        if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-            return type(value)(map(self._nested, value))
-        if isinstance(value, slice):
-            return self._nested(value)
-        return value
-
-    def _operand(self, tensor: Tensor) -> Operand:
-        trusted = self._knowledge.is_trusted(tensor)
-        known = self._knowledge.find(tensor) if trusted else None
-        if known is not None:
-            self.parents = (*self.parents, known)
-        self.tensors.append(tensor)
-        if not trusted:
-            return Operand(Leaf(tensor, tuple(tensor.shape)), None, trusted=False)
-        if self._keep_source:
-            tensor = tensor.clone()
-        leaf = self._leaf(tensor)
-        return Operand(leaf, known.term if known is not None else None, real=_is_real(tensor))
-
-    def _leaf(self, tensor: Tensor) -> Leaf:
-        return Leaf(tensor, tuple(tensor.shape), tensor._version, tensor.requires_grad or self._transformed)
-
-    def _nested(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            self.sound &= self._knowledge.is_trusted(value)
-            return self._leaf(value) if self.sound else value
-        if type(value) in (tuple, list):
-            return type(value)(map(self._nested, value))
-        if isinstance(value, slice):
-            return slice(self._nested(value.start), self._nested(value.stop), self._nested(value.step))
-        # Arrays and other sequences can be edited unseen.
-        self.sound &= (
-            value is None
-            or value is Ellipsis
-            or isinstance(value, (bool, int, float, range, torch.dtype, torch.device))
-        )
-        return value
-
-
-def _is_real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()

@@ -17,8 +17,8 @@ __all__ = ["Report"]
 class Report:
     """Fills a list of swaps. The first sight of a place reads its source; later ones only count."""
 
-    def __init__(self) -> None:
-        self.swaps: list[Swap] = []
+    def __init__(self, swaps: list[Swap]) -> None:
+        self.swaps = swaps
         self._seen: dict[tuple[CodeType, int, str], Swap] = {}
 
     def add(self, rule: Rule, term: Term) -> None:

@@ -20,6 +20,8 @@ GATHER = Operator("gather", "torch.gather", "{0}.gather({dim}, {index})")
 TAKE_ALONG_DIM = Operator("take_along_dim", "torch.take_along_dim", "torch.take_along_dim({0}, {indices}, {dim})")
 INDEX_SELECT = Operator("index_select", "torch.index_select", "{0}.index_select({dim}, {index})")
 MASKED_SELECT = Operator("masked_select", "torch.masked_select", "{0}[{mask}]")
+CAT = Operator("cat", "nanguard.stabilizer.functional.cat", "torch.cat([{all}], dim={dim})")
+STACK = Operator("stack", "nanguard.stabilizer.functional.stack", "torch.stack([{all}], dim={dim})")
 DIAGONAL = Operator("diagonal", "torch.diagonal", "{0}.diagonal({offset}, {dim1}, {dim2})", fresh=False)
 
 
@@ -103,6 +105,8 @@ def index(call: Call) -> Term:
     log, key = call.log(), call["key"]
     if isinstance(key, Operand):
         key = key.leaf
+    elif isinstance(key, tuple):
+        key = tuple(entry.leaf if isinstance(entry, Operand) else entry for entry in key)
     return build.reshape(log, call.shape) if _only_new_dims(key) else _indexed(log, call.shape, key)
 
 
@@ -201,6 +205,23 @@ def diagonal(call: Call) -> Term:
     log = call.log()
     first, second = call.dim(log.shape, "dim1"), call.dim(log.shape, "dim2")
     return build.rearrange(DIAGONAL, (log,), call.shape, offset=int(call.number("offset")), dim1=first, dim2=second)
+
+
+# the elements of several, one after the other
+@law(
+    """
+    torch.cat(tensors, dim=0)
+    torch.concat(tensors, dim=0)
+    torch.concatenate(tensors, dim=0)
+    """
+)
+def cat(call: Call) -> Term:
+    return build.rearrange(CAT, call.logs("tensors"), call.shape, dim=call.dim(call.shape))
+
+
+@law("torch.stack(tensors, dim=0)")
+def stack(call: Call) -> Term:
+    return build.rearrange(STACK, call.logs("tensors"), call.shape, dim=call.dim(call.shape))
 
 
 # every element several times

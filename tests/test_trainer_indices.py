@@ -1,0 +1,214 @@
+"""The samples at fault as indices into the dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    WeightedRandomSampler,
+)
+from trainers import fit, policy
+
+BAD = {5, 17, 23}
+
+
+class Numbers(Dataset):
+    """Sample i holds i; some are NaN besides."""
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([float(index), float("nan") if index in BAD else 1.0])
+
+
+class Reader(pl.LightningModule):
+    """Fails on the bad samples, wherever in the batch they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        while not isinstance(batch, Tensor):
+            batch = next(iter(batch.values() if isinstance(batch, dict) else batch))
+        batch = batch.reshape(-1, 2)
+        return self.layer(batch[:, 1:]).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def found(tmp: Path, train: Any, epochs: int = 2, **options: Any) -> list[tuple[int, ...] | None]:
+    """The indices of all incidents of a run."""
+    guard = policy(tmp, capture={"enabled": False}, budget={"consecutive": 50})
+    run = fit(tmp, Reader, train, guard, max_epochs=epochs, **options)
+    assert run.incidents
+    return [incident.dataset_indices for incident in run.incidents]
+
+
+class Custom:
+    """A batch sampler of the user's own."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(30).tolist()
+        sizes = [2, 5, 3, 7, 1, 6, 6]
+        for size in sizes:
+            yield order[:size]
+            del order[:size]
+
+    def __len__(self) -> int:
+        return 7
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+LOADERS: dict[str, Any] = {
+    "in order": lambda: DataLoader(Numbers(), batch_size=4),
+    "shuffled": lambda: DataLoader(Numbers(), batch_size=4, shuffle=True),
+    "drop_last": lambda: DataLoader(Numbers(), batch_size=7, shuffle=True, drop_last=False),
+    "two workers": lambda: DataLoader(Numbers(), batch_size=4, shuffle=True, num_workers=2),
+    "persistent workers": lambda: DataLoader(
+        Numbers(), batch_size=4, shuffle=True, num_workers=2, persistent_workers=True, prefetch_factor=3
+    ),
+    "batch sampler": lambda: DataLoader(Numbers(), batch_sampler=Custom()),
+    "torch's batch sampler": lambda: DataLoader(
+        Numbers(), batch_sampler=BatchSampler(RandomSampler(Numbers()), 4, drop_last=False)
+    ),
+    "unbatched": lambda: DataLoader(Numbers(), batch_size=None, shuffle=True),
+    "indices at once": lambda: DataLoader(
+        Fancy(), sampler=BatchSampler(SequentialSampler(Numbers()), 4, drop_last=False), batch_size=None
+    ),
+}
+
+
+class Fancy(Numbers):
+    """Takes a list of indices."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return torch.stack([super(Fancy, self).__getitem__(entry) for entry in index])
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_loaders(tmp_path: Path, name: str) -> None:
+    indices = found(tmp_path, LOADERS[name]())
+    assert None not in indices
+    assert sorted(index for entry in indices for index in entry) == sorted([*BAD, *BAD])
+
+
+def test_a_sampler_with_replacement(tmp_path: Path) -> None:
+    weights = [1.0 if index in BAD or index < 3 else 0.0 for index in range(30)]
+    indices = found(tmp_path, DataLoader(Numbers(), batch_size=3, sampler=WeightedRandomSampler(weights, 12)))
+    assert set(indices[0]) <= BAD
+
+
+def test_subsets_map_to_the_dataset_beneath(tmp_path: Path) -> None:
+    inner = Subset(Numbers(), list(range(29, -1, -1)))
+    outer = Subset(inner, list(range(0, 30, 2)))  # the odd numbers
+    indices = found(tmp_path, DataLoader(outer, batch_size=4, shuffle=True), epochs=1)
+    assert sorted(index for entry in indices for index in entry) == [5, 17, 23]
+
+
+def test_random_split(tmp_path: Path) -> None:
+    one, other = torch.utils.data.random_split(Numbers(), [15, 15], torch.Generator().manual_seed(0))
+    expected = BAD & set(one.indices)
+    assert expected
+    indices = found(tmp_path, DataLoader(one, batch_size=5), epochs=1)
+    assert {index for entry in indices for index in entry} == expected
+    assert expected | (BAD & set(other.indices)) == BAD
+
+
+def test_concatenated_datasets_count_through(tmp_path: Path) -> None:
+    both = ConcatDataset([Subset(Numbers(), [0, 1, 2]), Numbers()])
+    indices = found(tmp_path, DataLoader(both, batch_size=4), epochs=1)
+    assert sorted(index for entry in indices for index in entry) == [8, 20, 26]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("limit", [1.0, 6])
+def test_in_parts_and_windows(tmp_path: Path, accumulate: int, limit: float) -> None:
+    indices = found(
+        tmp_path,
+        DataLoader(Numbers(), batch_size=4, num_workers=1),
+        accumulate_grad_batches=accumulate,
+        limit_train_batches=limit,
+    )
+    assert indices[0] == (5,)
+    assert all(len(entry) == 1 and entry[0] in BAD for entry in indices)
+
+
+def test_a_loader_made_anew_each_epoch(tmp_path: Path) -> None:
+    indices = found(tmp_path, LOADERS["shuffled"](), epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert sorted(index for entry in indices for index in entry or ()) == sorted([*BAD] * 3)
+
+
+# -- where there is nothing to say
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[Tensor]:
+        return (Numbers()[index] for index in range(30))
+
+
+def test_streams(tmp_path: Path) -> None:
+    assert set(found(tmp_path, DataLoader(Stream(), batch_size=4))) == {None}
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
+def test_several_loaders(tmp_path: Path, mode: str) -> None:
+    loaders = {"a": LOADERS["shuffled"](), "b": LOADERS["in order"]()}
+    assert set(found(tmp_path, CombinedLoader(loaders, mode))) == {None}
+
+
+def test_batches_out_of_order(tmp_path: Path) -> None:
+    assert set(found(tmp_path, DataLoader(Numbers(), batch_size=4, num_workers=2, in_order=False))) == {None}
+
+
+def test_keys_that_are_no_numbers(tmp_path: Path) -> None:
+    class Named(Dataset):
+        def __getitem__(self, key: str) -> Tensor:
+            return Numbers()[int(key)]
+
+        def __len__(self) -> int:
+            return 30
+
+    keys = [str(index) for index in range(30)]
+    assert set(found(tmp_path, DataLoader(Named(), batch_size=4, sampler=keys))) == {None}
+
+
+def test_collation_that_changes_the_number_of_samples(tmp_path: Path) -> None:
+    def collate(samples: list[Tensor]) -> Tensor:
+        return torch.stack([sample for sample in samples for _ in range(3)])
+
+    # Positions in the batch are not positions in the list of indices.
+    assert set(found(tmp_path, DataLoader(Numbers(), batch_size=5, collate_fn=collate))) == {None}
+
+
+def test_beside_validation(tmp_path: Path) -> None:
+    class Validated(Reader):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            assert len(batch) == 2
+
+    guard = policy(tmp_path, capture={"enabled": False}, budget={"consecutive": 50})
+    val = DataLoader(torch.ones(4, 2), batch_size=2)
+    run = fit(tmp_path, Validated, LOADERS["shuffled"](), guard, val=val, val_check_interval=2, max_epochs=2)
+    assert sorted(i for incident in run.incidents for i in incident.dataset_indices) == sorted([*BAD, *BAD])
