@@ -245,6 +245,8 @@ def replayed(stage: Stage, options: argparse.Namespace, guard: NanGuard, run: Ru
     )
     start, exact = time.perf_counter(), 0
     captured = [incident for incident in guard.incidents if incident.capture]
+    held = len(captured) == min(len(guard.incidents), MOST) > 0
+    stage.check(held, f"{len(captured)} failed steps are on disk")
     for incident in captured:
         result = nanguard.replay(nanguard.load_capture(incident.capture), Digits())
         then = run.watch.failed.get(incident.step, {})
@@ -268,7 +270,10 @@ def replayed(stage: Stage, options: argparse.Namespace, guard: NanGuard, run: Ru
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--captures", type=Path, default=Path("nanguard_captures/digits"), help="emptied before the run"
+        "--captures",
+        type=Path,
+        default=Path("nanguard_captures/digits"),
+        help="directory; older captures in it are removed",
     )
     parser.add_argument("--epochs", type=int, default=1, help="of 450 steps each (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
@@ -280,7 +285,8 @@ def main() -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_num_threads(1)  # as fast for so small a network, and the same digits on every machine
-    shutil.rmtree(options.captures, ignore_errors=True)
+    for old in options.captures.glob("step-*-rank*"):
+        shutil.rmtree(old)
     stage = Stage(Console(width=None if sys.stdout.isatty() else 120))
     data, test = load_data(options.seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,7 @@ from nanguard.budget import SkipBudget
 from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnose, suspects
 from nanguard.errors import NanGuardWarning
 from nanguard.incident import Action, Incident, Swap, Trigger
+from nanguard.inputs import InputKeeper
 from nanguard.policy import Policy, RuleAction
 from nanguard.rng import RngState
 from nanguard.sentinel import norms
@@ -95,6 +96,7 @@ class Guard:
         self._watch = UnstableOpsWatch()
         self._stabilize = _stabilizer(policy, self.swaps)
         self._told = len(self.swaps)
+        self._inputs = InputKeeper()
         self._window: list[Attempt] = []
         self._moved: OptimizerSnapshot | None = None
         self._healthy: MicroBatch | None = None
@@ -123,7 +125,8 @@ class Guard:
             optimizers: those that may move parameters before `judge` is called for the last time, as LBFGS does.
         """
         stabilized = self._stabilize is not None and self._watch.needed
-        micro = MicroBatch(moment.batch_idx, tuple(args), self._transaction.savepoint(), indices, stabilized)
+        kept = self._inputs.keep(args)
+        micro = MicroBatch(moment.batch_idx, kept, self._transaction.savepoint(), indices, stabilized)
         self._window.append(Attempt(moment, micro, rewind))
         optimizers = list(optimizers)
         if optimizers and self._moved is None and (self.policy.may_continue() or self.policy.stores_weights()):
@@ -210,9 +213,11 @@ class Guard:
         action = self._agreed(self.policy.action(trigger=trigger, cause=found.cause, step=moment.step), elsewhere)
         action, remark = self._budget.spend(action)
         if elsewhere is None:
-            detail = figures(attempt, parameters, self._module)
+            details = [figures(attempt, parameters, self._module), remark]
+            if self._inputs.learn():
+                details.append("the step has written into its batch, which is captured as the step left it")
         else:
-            detail = f"it began on rank {elsewhere}, which has the batch; this rank was given its gradients"
+            details = [f"it began on rank {elsewhere}, which has the batch; this rank was given its gradients", remark]
         incident = Incident(
             step=moment.step,
             epoch=moment.epoch,
@@ -226,7 +231,7 @@ class Guard:
             verdict=found.verdict,
             advice=found.advice,
             action=_DONE[action],
-            detail="; ".join(filter(None, [detail, remark])),
+            detail="; ".join(filter(None, details)),
         )
         if elsewhere is None:
             incident = self._store(incident, attempt)
@@ -258,7 +263,7 @@ class Guard:
         if not options.enabled or trigger == "scaler" or elsewhere is not None:
             return Diagnosis()
         if self._rerun is None:
-            return suspects(self._module, attempt.micro.args)
+            return suspects(self._module, attempt.micro.args, self._transaction.buffers(attempt.micro.before))
         return diagnose(attempt.micro, self._rerun, healthy=self._healthy, samples=options.samples)
 
     # -- after the step
@@ -279,6 +284,7 @@ class Guard:
             self._healthy = self._window[-1].micro if self._rerun is not None else None
         for attempt in self._window:
             attempt.micro.before.release()
+        self._inputs.learn()
         self._window.clear()
         self._moved = None
         self.dropping = False

@@ -233,7 +233,10 @@ class Session:
     def _step(self, *args: Any) -> Any:
         output = self._module.training_step(*args)
         loss = output.get("loss") if isinstance(output, dict) else output
-        return loss / self._trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None
+        if not isinstance(loss, Tensor):
+            return None
+        parts = self._trainer.accumulate_grad_batches
+        return loss / parts if parts > 1 else loss  # a division that the user did not write could be blamed
 
     def _circumstances(self) -> Circumstances | None:
         if self._streaming:

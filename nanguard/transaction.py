@@ -87,7 +87,13 @@ class Transaction:
     def buffers(self, savepoint: Savepoint) -> dict[str, Tensor]:
         """The buffers of the module by qualified name, with the values that they had at the savepoint."""
         copies = {id(buffer): copy for buffer, copy in zip(savepoint.live, savepoint.copies, strict=True)}
-        return {name: copies.get(id(buffer), buffer) for name, buffer in self._module.named_buffers()}
+        layouts = savepoint.layouts()
+        return {
+            f"{prefix}.{name}" if prefix else name: copies[id(buffer)]
+            for prefix, module in self._module.named_modules()
+            for name, buffer in layouts.get(id(module._buffers), {}).items()
+            if buffer is not None
+        }
 
     def _copy(self, live: list[Tensor]) -> list[Tensor]:
         if not live:
@@ -143,6 +149,10 @@ class Savepoint:
             undo()
         if rng:
             self.rng.restore()
+
+    def layouts(self) -> dict[int, dict[str, Tensor | None]]:
+        """Which buffers each module had, by the identity of the dictionary that holds them: a step may replace them."""
+        return {id(owner): layout for owner, layout in zip(self._owners, self._layouts, strict=True)}
 
     def release(self) -> None:
         """Gives the copies' memory back for the next savepoint. The savepoint must not be used any more."""

@@ -66,10 +66,27 @@ def test_a_capture_holds_what_it_should(tmp_path: Path) -> None:
         found.path = tmp_path  # type: ignore[misc]
 
 
+def test_odd_layouts_survive_the_file(tmp_path: Path) -> None:
+    base = torch.arange(24.0).reshape(2, 3, 4)
+    batch = [
+        base[:1, :1, ::2],
+        base[..., 0][:1],
+        base.T,
+        base[:0],
+        base[0],
+        base[1],
+        base.expand(2, 2, 3, 4),
+        base[0, 0, 0],
+    ]
+    back = nanguard.load_capture(write_capture(tmp_path, snapshot(batch), INCIDENT)).batch
+    assert [tensor.stride() for tensor in back] == [tensor.stride() for tensor in batch]
+    assert all(torch.equal(one, other) for one, other in zip(back, batch, strict=True))
+
+
 def test_keys_that_no_file_can_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     batch = {
-        "\ud800": torch.ones(1),
-        "\ud801": torch.zeros(1),
+        chr(0xD800): torch.ones(1),
+        chr(0xD801): torch.zeros(1),
         "[bold]": torch.ones(2),
         "": torch.ones(3),
         "__metadata__": 1,
@@ -77,7 +94,7 @@ def test_keys_that_no_file_can_hold(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = write_capture(tmp_path, snapshot(batch), INCIDENT)
     back = nanguard.load_capture(path).batch
     assert list(back) == list(batch)
-    assert (back["\ud800"], back["\ud801"]) == (1, 0)
+    assert (back[chr(0xD800)], back[chr(0xD801)]) == (1, 0)
     assert main(["show", str(path)]) == 0
     assert 'batch["[bold]"]' in capsys.readouterr().out
 
@@ -171,6 +188,20 @@ KILLED = """
 write._write_manifest = lambda *args: os.kill(os.getpid(), 9)
 write_capture(sys.argv[1], taken(torch.ones(2)), INCIDENT)
 """
+WATCHED = """
+written = []
+
+def watch(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, os.PathLike)) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        path = str(arguments[0])
+        if path.startswith(sys.argv[1]):
+            written.append(os.path.relpath(path, sys.argv[1]))
+
+step = taken(torch.ones(2))
+sys.addaudithook(watch)
+write_capture(sys.argv[1], step, INCIDENT)
+print(*written)
+"""
 THEIRS = """
 sys.path.insert(0, sys.argv[1])
 import their_types
@@ -201,6 +232,14 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_capture(tmp_path: Pa
     assert left.startswith(".tmp-step-00000123-rank0")
     assert find_captures(tmp_path) == []
     assert write_capture(tmp_path, snapshot(), INCIDENT, max_count=1).name == "step-00000123-rank0"
+
+
+def test_nothing_is_written_under_the_final_name(tmp_path: Path) -> None:
+    """So that whoever looks at any moment, or after a crash, sees a whole capture or none."""
+    done = run(SETUP + WATCHED, tmp_path)
+    written = done.stdout.split()
+    assert written, done.stderr
+    assert all(name.startswith(".tmp-") for name in written)
 
 
 def test_a_parent_directory_lists_its_captures(tmp_path: Path) -> None:
@@ -359,6 +398,14 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
             found.append((tree, key))
             found += places(value)
     return found
+
+
+def test_indices_of_sparse_tensors_are_checked(tmp_path: Path) -> None:
+    """Out of range they would read foreign memory."""
+    path = write_capture(tmp_path, snapshot(torch.eye(3).to_sparse()), INCIDENT)
+    edit(path, lambda manifest: manifest["args"]["items"][0].update(shape=[1, 1]))
+    with pytest.raises(CaptureError, match=r"batch: this entry is damaged \(RuntimeError: .*index 2"):
+        nanguard.load_capture(path).batch
 
 
 def test_names_in_a_capture_choose_no_files_and_no_code(tmp_path: Path) -> None:

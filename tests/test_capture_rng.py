@@ -58,6 +58,9 @@ def test_a_cached_gaussian_is_not_forgotten() -> None:
     after = np.random.randn()
     for state, value in ((with_cache, expected), (again, expected), (without, after)):
         state.restore()
+        once_more = RngState.save()
+        assert np.random.randn() == value
+        once_more.restore()
         assert np.random.randn() == value
 
 

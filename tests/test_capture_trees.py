@@ -81,7 +81,7 @@ def missing(value: Any) -> list[tuple[str, str]]:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().resolve_conj().contiguous().reshape(-1)
+    flat = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()).reshape(-1)
     return bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
 
 
@@ -158,7 +158,13 @@ scalars = st.one_of(
     ),
 )
 keys = st.one_of(
-    st.text(), st.integers(), st.booleans(), st.none(), st.floats(allow_nan=False), st.tuples(st.integers())
+    st.text(),
+    st.integers(),
+    st.booleans(),
+    st.none(),
+    st.floats(allow_nan=False),
+    st.tuples(st.integers()),
+    st.sampled_from([np.int64(3), Colour.RED, pathlib.Path("a"), 1j]),
 )
 leaves = st.one_of(scalars, st.builds(lambda t, view: view(t), tensors, views))
 trees = st.recursive(

@@ -69,6 +69,14 @@ ZOO: dict[str, Bug] = {
     "quotient": Bug(lambda h, s: (h * s).sum(1) / (h * s).abs().sum(1), "division_by_zero", "aten.div"),
     "tiny divisor": Bug(lambda h, s: h / (s + 1e-35) / (s + 1e-35), "overflow", "aten.div"),
     "rsqrt": Bug(lambda h, s: h * (h.square() * s).mean(1, keepdim=True).rsqrt(), "invalid_domain", "aten.rsqrt"),
+    "a mask, multiplied": Bug(
+        lambda h, s: h.masked_fill(s == 0, float("-inf")) * s, "invalid_domain", "aten.mul"
+    ),
+    "a mask, subtracted": Bug(
+        lambda h, s: (lambda m: m - m.amax(1, keepdim=True))(h.masked_fill(s == 0, float("-inf"))),
+        "invalid_domain",
+        "aten.sub",
+    ),
     "softmax": Bug(
         lambda h, s: F.softmax(h.masked_fill(s == 0, float("-inf")), -1), "fully_masked", "aten._softmax"
     ),
@@ -150,6 +158,13 @@ def test_the_zoo(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["log of 0", "square root"])
 def test_all_samples_at_fault_are_found(tmp_path: Path, name: str, bad: tuple[int, ...]) -> None:
     assert incident_of(tmp_path, lambda: Zoo(ZOO[name].line), samples(bad)).samples == bad
+
+
+def test_a_mask_that_reaches_the_loss(tmp_path: Path) -> None:
+    incident = incident_of(tmp_path, lambda: Zoo(lambda h, s: h.masked_fill(s == 0, float("-inf"))), samples())
+    assert (incident.origin.op, incident.origin.code) == ("aten.mean", "return self.critic(self.body(x), s).mean()")
+    assert incident.origin.operands[0].neginf == 8
+    assert incident.samples == (2, 5)
 
 
 def test_with_batch_norm_which_cannot_run_one_sample(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo(folder: Path) -> subprocess.CompletedProcess[str]:
-    stale = folder / "captures" / "left by an earlier run"
+    stale = folder / "captures" / "step-00000000-rank0"
     stale.mkdir(parents=True)
     return _run([SCRIPT, "--captures", folder / "captures"], folder)
 
@@ -101,7 +101,7 @@ def test_the_summary_has_a_row_for_each_act(acts: list[str]) -> None:
 def test_the_captures_are_those_of_this_run(demo: subprocess.CompletedProcess[str], folder: Path) -> None:
     captures = [load_capture(path) for path in find_captures(folder / "captures")]
     assert sorted(capture.incident.dataset_indices for capture in captures) == [(1000,), (3000,), (5000,)]
-    assert not (folder / "captures" / "left by an earlier run").exists()
+    assert not (folder / "captures" / "step-00000000-rank0").exists()
 
 
 def test_the_printed_command_replays_a_capture(demo: subprocess.CompletedProcess[str], folder: Path) -> None:

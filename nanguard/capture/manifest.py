@@ -55,9 +55,15 @@ def class_reference(cls: type) -> str:
     module, name = cls.__module__, cls.__qualname__
     if module == "__main__":
         script = getattr(sys.modules["__main__"], "__file__", None)
-        module = os.path.relpath(script) if script else "path/to/script.py"
+        module = _shortest(script) if script else "path/to/script.py"
     # A class inside a function cannot be reached by name: the user has to offer a factory.
     return f"{module}:{'factory' if '<locals>' in name else name}"
+
+
+def _shortest(script: str) -> str:
+    """Relative to the working directory where it lies below it."""
+    relative = os.path.relpath(script)
+    return os.path.abspath(script) if relative.startswith(os.pardir) else relative
 
 
 def replay_command(path: str | Path, module: object) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nanguard.capture.applying import apply_attributes, apply_training, apply_weights
+from nanguard.capture.explaining import explained
 from nanguard.capture.load import Capture, load_capture
 from nanguard.capture.manifest import MANIFEST, replay_command
 from nanguard.capture.manual import Optimizers
@@ -26,9 +27,8 @@ from nanguard.capture.standin import TrainerStandIn, attach
 from nanguard.errors import CaptureError, DidNotReproduce
 from nanguard.incident import Incident
 
-__all__ = ["Explain", "assert_finite_step", "replay"]
+__all__ = ["assert_finite_step", "replay"]
 
-Explain = Callable[[FailedStep, Incident], Incident]
 Source = Literal["captured", "current"]
 
 
@@ -44,7 +44,7 @@ def replay(
     fill: Mapping[str, Any] | None = None,
     trainer: Mapping[str, Any] | None = None,
     step: Callable[..., Any] | None = None,
-    explain: Explain | None = None,
+    diagnose: bool = True,
 ) -> ReplayResult:
     """Runs a captured step again, bit-exact on the same machine and versions.
 
@@ -61,7 +61,8 @@ def replay(
         fill: path -> value for what the capture could not store, such as ``{'batch["parser"]': parser}``.
         trainer: further attributes of ``self.trainer`` that the step asks for.
         step: called as ``step(module, *args, **kwargs)`` in place of `module.training_step`; returns the loss.
-        explain: called with the failed step and its incident; returns an incident that knows more.
+        diagnose: run a step that fails again, to name the operation, the cause and the samples. Manual optimization, whose
+            steps move the weights, is not run again.
 
     Raises:
         CaptureError: where the capture is damaged, incomplete, or does not fit the module.
@@ -81,15 +82,14 @@ def replay(
         manual = step is None and not getattr(module, "automatic_optimization", True)
         optimizers = _prepare(capture, module, trainer or {}, manual, optimizer, device)
         function: Any = module.training_step if step is None else partial(step, module)
-        start = ModuleMemory(module) if explain is not None else None
+        start = ModuleMemory(module) if diagnose and not optimizers else None
 
         def arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
             return capture.arguments(fill, device)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with numerics(
-                capture, device, stabilize
-            ):  # the backward pass of automatic optimization is outside, as in a run
+            # The backward pass of automatic optimization is outside, as in a run.
+            with numerics(capture, device, stabilize):
                 return function(*args, **kwargs)
 
         args, kwargs = arguments()
@@ -97,8 +97,8 @@ def replay(
         _rewind_rng(capture)
         outcome = run_manual(capture, module, run, optimizers) if optimizers else run_automatic(capture, module, run)
         incident = _incident(capture, module, outcome)
-        if incident is not None and explain is not None and start is not None:
-            incident = explain(FailedStep(module, arguments, call, start, capture), incident)
+        if incident is not None and start is not None:
+            incident = explained(FailedStep(module, arguments, call, start, capture), incident)
         gradients = {name: gradient.detach().clone() for name, gradient in outcome.gradients.items()}
     reproduced = incident is not None and _same_failure(capture.incident, incident)
     if incident is not None:

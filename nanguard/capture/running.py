@@ -70,11 +70,7 @@ class FailedStep:
         self.args, self.kwargs = self._arguments()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The loss of the step with its graph, under the captured autocast and stabiliser.
-
-        Args:
-            args, kwargs: what `training_step` takes, such as those of this object.
-        """
+        """The loss of the step with its graph, for what `training_step` takes, under the captured autocast and stabiliser."""
         return loss_of(self._step(*args, **kwargs))
 
 

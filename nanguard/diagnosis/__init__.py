@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from nanguard.diagnosis.rerun import MicroBatch, Outcome, Rerun
 from nanguard.diagnosis.samples import batch_size, failing_samples, take
 from nanguard.diagnosis.trace import Trace, describe_tensor
 from nanguard.incident import Cause, Origin, Verdict
+from nanguard.inputs import copy_of
 from nanguard.sentinel import nonfinite_names
 
 __all__ = ["Diagnosis", "MicroBatch", "Outcome", "Rerun", "batch_size", "diagnose", "suspects"]
@@ -39,24 +40,31 @@ def diagnose(micro: MicroBatch, rerun: Rerun, *, healthy: MicroBatch | None = No
         healthy: an earlier call that was well; where it fails now, the weights are the cause and no sample is.
         samples: whether to search for the smallest failing sub-batch.
     """
+    args = copy_of(micro.args)  # the step may write into its batch
+    buffers = rerun.transaction.buffers(micro.before)
     trace = Trace(rerun.module)
-    trace.suspect([*_tensors(micro.args), *rerun.module.parameters(), *rerun.module.buffers()])
-    outcome = rerun(micro, trace=trace)
+    trace.suspect([*_tensors(args), *rerun.module.parameters(), *rerun.module.buffers()])
+    outcome = rerun(micro, args, trace)
     if outcome.error is not None:
-        return suspects(rerun.module, micro.args)
+        return suspects(rerun.module, micro.args, buffers)
     if not outcome.bad:
         return Diagnosis(cause="transient", verdict="transient", advice=advice("transient", None))
-    found = _origin(trace, outcome, rerun.module, micro.args)
+    found = _origin(trace, outcome, rerun.module, args) or suspects(rerun.module, micro.args, buffers)
     if samples and found.cause != "parameters":
         found = replace(found, samples=_samples(micro, rerun, outcome, healthy))
     return replace(found, verdict="reproduced")
 
 
-def suspects(module: nn.Module, args: Sequence[Any]) -> Diagnosis:
-    """What can be said without a second run: parameters, buffers and inputs that are non-finite themselves."""
-    weights = nonfinite_names([*module.named_parameters(), *module.named_buffers()])
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    if weights:
+def suspects(module: nn.Module, args: Sequence[Any], buffers: Mapping[str, Tensor]) -> Diagnosis:
+    """What can be said without a second run: parameters, buffers and inputs that are non-finite themselves.
+
+    Args:
+        module: its parameters are looked at.
+        args: arguments of the training step.
+        buffers: the module's buffers as they were before the step, by name.
+    """
+    named = {**dict(module.named_parameters()), **buffers}
+    if weights := nonfinite_names(named.items()):
         return _outside(Origin(), "parameters", weights[0], named[weights[0]])
     leaves = dict(named_leaves(args))
     if inputs := nonfinite_names(leaves.items()):
@@ -64,10 +72,10 @@ def suspects(module: nn.Module, args: Sequence[Any]) -> Diagnosis:
     return Diagnosis()
 
 
-def _origin(trace: Trace, outcome: Outcome, module: nn.Module, args: Sequence[Any]) -> Diagnosis:
+def _origin(trace: Trace, outcome: Outcome, module: nn.Module, args: Sequence[Any]) -> Diagnosis | None:
     finding = trace.blame(outcome.bad)
     if finding is None:
-        return suspects(module, args)
+        return None
     if finding.external is not None:
         name = leaf_path(finding.external, args, module)
         if name is not None:
@@ -83,7 +91,7 @@ def _outside(origin: Origin, cause: Cause, name: str, tensor: Tensor) -> Diagnos
 
 
 def _samples(micro: MicroBatch, rerun: Rerun, outcome: Outcome, healthy: MicroBatch | None) -> tuple[int, ...] | None:
-    if healthy is not None and rerun(micro, healthy.args).fails:
+    if healthy is not None and rerun(micro, copy_of(healthy.args)).fails:
         return None
     size = batch_size(micro.args[0]) if micro.args else None
     if size is None:

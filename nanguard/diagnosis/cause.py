@@ -72,6 +72,8 @@ def cause_of(finding: Finding) -> Cause:
         return "empty_reduction"
     if op in _DOMAINS and (op != "aten.pow" or _any(stats, lambda s: s.min is not None and s.min <= 0)):
         return "invalid_domain"
+    if _any(stats, lambda s: s.posinf + s.neginf > 0):  # infinities that were meant, and then met 0 or each other
+        return "invalid_domain"
     return "overflow"
 
 

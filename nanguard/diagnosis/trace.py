@@ -122,7 +122,7 @@ class Trace(TorchDispatchMode):
         record.sources = [(t, self._made.get(_storage(t))) for t in sources if not self._is_deliberate(t)]
         carried = wanted or len(record.sources) < len(sources)
         record.deliberate = carried and not record.sources and not any(bool(torch.isnan(t).any()) for t in bad)
-        if not record.sources and not record.deliberate:
+        if not record.sources:
             record.stats = tuple(describe_tensor(f"input {i}", tensor) for i, tensor in enumerate(inputs))
             record.zero_gradient = _zero_where_bad(inputs, bad)
         for _, maker in record.sources:

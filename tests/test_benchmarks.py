@@ -1,0 +1,22 @@
+"""The benchmark runs and prints its tables; how long anything takes is no matter of a test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "overhead.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [[], ["--markdown"]], ids=["table", "markdown"])
+def test_it_prints_a_table(form: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--steps", "2", "--models", "mlp", "--fits", "1", *form]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "torch" in done.stdout.splitlines()[0]
+    for way in ("bare", "nanguard", "detect_anomaly", "Trainer, NanGuard"):
+        assert any("mlp" in line and way in line for line in done.stdout.splitlines()), done.stdout
