@@ -109,7 +109,7 @@ CASES = {
     case.name: case
     for case in (
         Case("mlp", _mlp, _vectors, 3000, 20),
-        Case("conv", _resnet, _images, 60),
-        Case("gpt", GPT, _texts, 20),
+        Case("conv", _resnet, _images, 100),
+        Case("gpt", GPT, _texts, 40),
     )
 }

@@ -3,6 +3,7 @@
 Every way of training has a model of its own with the same weights, and gets the same batch. In each round every way takes one
 step (a tiny model a few, so that its own data is in the caches), in a random order, so that whatever else the machine does
 befalls them alike. Given are the median of the ratios to the bare step of the same round, and the median of the differences.
+The bare step stands there twice: what the second differs from the first is the error of the measurement.
 Run it with `make bench`.
 """
 
@@ -80,6 +81,7 @@ def ways(case: Case) -> dict[str, Step]:
     model, batch = case.build(), case.batch()
     steps = {
         "bare": plain_step(case, copy.deepcopy(model), batch, nullcontext),
+        "bare, again": plain_step(case, copy.deepcopy(model), batch, nullcontext),
         "nanguard": guarded_step(case, copy.deepcopy(model), batch, nullcontext),
         "nanguard, stabiliser always on": guarded_step(case, copy.deepcopy(model), batch, nanguard.stabilize),
         "detect_anomaly": plain_step(
@@ -129,7 +131,7 @@ def lightning_rows(cases: list[Case], steps: int | None, rounds: int) -> Iterato
     for case in cases:
         model, batch = case.build(), case.batch()
         length = (steps or case.steps) * LIGHTNING_SHARE // rounds + WARM_UP
-        times: dict[str, list[float]] = {"Trainer": [], "Trainer, NanGuard": []}
+        times: dict[str, list[float]] = {"Trainer": [], "Trainer, again": [], "Trainer, NanGuard": []}
         for number in range(rounds + 1):
             for name in list(times) if number % 2 else list(times)[::-1]:
                 found = milliseconds(case, copy.deepcopy(model), batch, length, guarded="NanGuard" in name)

@@ -29,9 +29,7 @@ def test_the_window_never_was(tmp_path: Path, size: int, bad: int, kind: str) ->
     data = rows(7, [bad], kind)  # the last window is short
     options = {"accumulate_grad_batches": size, "max_epochs": 2}
     guarded = fit(tmp_path, lambda: Net("adam", "step"), data, policy(tmp_path), **options)
-    reference = fit(
-        tmp_path, lambda: Net("adam", "step"), without_windows(data, window(bad, size, 7)), **options
-    )
+    reference = fit(tmp_path, lambda: Net("adam", "step"), without_windows(data, window(bad, size, 7)), **options)
     assert_same(guarded, reference)
     assert [incident.batch_idx for incident in guarded.incidents] == [bad, bad]
     assert [incident.step for incident in guarded.incidents] == [bad // size, bad // size + -(-7 // size)]

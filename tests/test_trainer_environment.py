@@ -18,7 +18,7 @@ from trainers import Net, loader, make_trainer, policy, rows
 
 from nanguard import NanGuard, NanGuardWarning, NonFiniteError
 
-SCRIPT = '''
+SCRIPT = """
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
@@ -36,7 +36,7 @@ if __name__ == "__main__":
         print("RAISED", error.incident.batch_idx)
     print("GUARDS", sum(type(callback).__name__ == "NanGuard" for callback in trainer.callbacks))
     print("STEPS", trainer.global_step)
-'''
+"""
 
 
 def test_an_unchanged_script(tmp_path: Path) -> None:

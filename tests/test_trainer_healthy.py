@@ -75,11 +75,8 @@ def test_the_default_guard(tmp_path: Path) -> None:
     healthy(tmp_path, guard=NanGuard(), max_epochs=3)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
 def test_workers(tmp_path: Path, workers: int, persistent: bool) -> None:
-    if persistent and not workers:
-        pytest.skip("nothing to persist")
     options = {"num_workers": workers, "persistent_workers": persistent, "shuffle": True}
     healthy(tmp_path, data=lambda: loader(rows(4), **options))
 
@@ -88,13 +85,11 @@ def test_beside_other_callbacks(tmp_path: Path) -> None:
     def others() -> list[Any]:
         return [ModelCheckpoint(tmp_path / "c", monitor="loss"), StochasticWeightAveraging(0.01, swa_epoch_start=1)]
 
-    for guard in (policy(tmp_path), None):
-        run = fit(
-            tmp_path, lambda: Net("sgd"), rows(4), guard, callbacks=others(), max_epochs=4, enable_checkpointing=True
-        )
-        if guard is None:
-            assert_same(first, run)
-        first = run
+    options = {"max_epochs": 4, "enable_checkpointing": True}
+    guarded, reference = (
+        fit(tmp_path, Net, rows(4), guard, callbacks=others(), **options) for guard in (policy(tmp_path), None)
+    )
+    assert_same(guarded, reference)
 
 
 def test_rates_are_monitored_alike(tmp_path: Path) -> None:

@@ -65,7 +65,10 @@ def surroundings(trainer: pl.Trainer, model: Any, train: Any) -> dict[str, Any]:
 
 def _own(thing: Any) -> dict[str, Any]:
     """The names in an object, and what is callable in it: that is where a wrapper would hide."""
-    return {name: id(value) if callable(value) and not isinstance(value, type) else None for name, value in vars(thing).items()}
+    return {
+        name: id(value) if callable(value) and not isinstance(value, type) else None
+        for name, value in vars(thing).items()
+    }
 
 
 def _stance() -> str:
@@ -104,7 +107,18 @@ def left_behind(tmp: Path, make: Callable[[], Any], train: Any, guarded: bool, a
         ended = type(error)
     after = surroundings(trainer, model, train)
     assert after["callbacks"] == before["callbacks"] == watcher.before["callbacks"]
-    for key in ("loader", "filters", "modes", "dispatch modes", "grad", "autocast", "anomaly", "stance", "dtype", "path"):
+    for key in (
+        "loader",
+        "filters",
+        "modes",
+        "dispatch modes",
+        "grad",
+        "autocast",
+        "anomaly",
+        "stance",
+        "dtype",
+        "path",
+    ):
         assert after[key] == before[key], key
     if guarded:
         assert guard._session is None
@@ -120,7 +134,9 @@ def frozen_names(value: Any) -> Any:
     return sorted(value) if isinstance(value, dict) else value
 
 
-def agrees(tmp: Path, make: Callable[[], Any], data: Callable[[], Any], ended: Any, action: str = "raise", **options: Any) -> None:
+def agrees(
+    tmp: Path, make: Callable[[], Any], data: Callable[[], Any], ended: Any, action: str = "raise", **options: Any
+) -> None:
     """Asserts that a guarded run leaves behind what a run without the guard does."""
     guarded = left_behind(tmp, make, loader(data()), True, action, **options)
     assert guarded[1] is ended
@@ -294,7 +310,9 @@ def test_a_copy_made_while_fitting(tmp_path: Path) -> None:
     fit(tmp_path, Net, rows(2), policy(tmp_path), callbacks=[copies])
     assert isinstance(copies.copy, NanGuard)
     assert copies.copy._session is None
-    assert not any(isinstance(getattr(value, "__self__", value), pl.LightningModule) for value in vars(copies.copy).values())
+    assert not any(
+        isinstance(getattr(value, "__self__", value), pl.LightningModule) for value in vars(copies.copy).values()
+    )
 
 
 # -- in company
@@ -369,12 +387,10 @@ def test_after_the_tuners(tmp_path: Path, tuner: Any) -> None:
 
 
 def test_two_guards_are_one_too_many(tmp_path: Path) -> None:
-    trainer = None
+    trainer = make_trainer(tmp_path, [NanGuard(policy(tmp_path)), NanGuard(policy(tmp_path))])
     with pytest.raises(NanGuardError, match="more than one NanGuard"):
-        trainer = make_trainer(tmp_path, [NanGuard(policy(tmp_path)), NanGuard(policy(tmp_path))])
         trainer.fit(Net(), loader(rows(2)))
-    if trainer is not None:
-        assert "train_step_context" not in vars(trainer.precision_plugin)
+    assert "train_step_context" not in vars(trainer.precision_plugin)
 
 
 def test_the_list_changed_meanwhile(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_checkpoints_written_on_the_exception_are_finite(tmp_path: Path, kind: s
 @pytest.mark.parametrize("optimizer", ["sgd", "lbfgs"])
 def test_the_capture_holds_the_step_as_it_was(tmp_path: Path, optimizer: str) -> None:
     data = rows(6, [3])
-    error, model = failed(tmp_path, data, lambda: Net(optimizer))
+    error, _ = failed(tmp_path, data, lambda: Net(optimizer))
     path = Path(error.incident.capture)
     assert path.is_dir()
     assert path.parent == tmp_path / "captures"

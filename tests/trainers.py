@@ -235,7 +235,9 @@ def make_trainer(tmp: Path, callbacks: Any = (), **options: Any) -> pl.Trainer:
         "num_sanity_val_steps": 0,
         "default_root_dir": str(tmp),
     }
-    return pl.Trainer(**{**settings, **options}, callbacks=list(callbacks) if not isinstance(callbacks, list) else callbacks)
+    return pl.Trainer(
+        **{**settings, **options}, callbacks=list(callbacks) if not isinstance(callbacks, list) else callbacks
+    )
 
 
 def policy(tmp: Path, action: str = "skip_step", **sections: Any) -> Policy:
@@ -246,7 +248,9 @@ def policy(tmp: Path, action: str = "skip_step", **sections: Any) -> Policy:
         "capture": {"directory": tmp / "captures"},
     }
     for name, section in sections.items():
-        data[name] = {**data[name], **section} if isinstance(section, dict) and isinstance(data.get(name), dict) else section
+        data[name] = (
+            {**data[name], **section} if isinstance(section, dict) and isinstance(data.get(name), dict) else section
+        )
     return Policy(**data)
 
 
@@ -319,7 +323,9 @@ def fit(
     recorder = Recorder()
     guards = [] if guard is None else [guard]
     trainer = make_trainer(tmp, [recorder, *guards, *callbacks], **options)
-    train, val = (data if data is None or not isinstance(data, (list, Dataset)) else loader(data) for data in (train, val))
+    train, val = (
+        data if data is None or not isinstance(data, (list, Dataset)) else loader(data) for data in (train, val)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NanGuardWarning)
         trainer.fit(model, train, val)
@@ -394,14 +400,20 @@ def differences(one: Any, other: Any, place: str = "") -> list[str]:
     if isinstance(one, Tensor):
         return [] if _same_bits(one, other) else [f"{place}: {one} is not {other}"]
     if isinstance(one, np.ndarray):
-        return [] if one.dtype == other.dtype and one.tobytes() == other.tobytes() else [f"{place}: {one} is not {other}"]
+        return (
+            [] if one.dtype == other.dtype and one.tobytes() == other.tobytes() else [f"{place}: {one} is not {other}"]
+        )
     if isinstance(one, dict):
         found = [f"{place}.{key}: only in one" for key in set(one) ^ set(other)]
-        return found + [line for key in one if key in other for line in differences(one[key], other[key], f"{place}.{key}")]
+        return found + [
+            line for key in one if key in other for line in differences(one[key], other[key], f"{place}.{key}")
+        ]
     if isinstance(one, list):
         if len(one) != len(other):
             return [f"{place}: {len(one)} entries are not {len(other)}"]
-        return [line for i, pair in enumerate(zip(one, other, strict=True)) for line in differences(*pair, f"{place}[{i}]")]
+        return [
+            line for i, pair in enumerate(zip(one, other, strict=True)) for line in differences(*pair, f"{place}[{i}]")
+        ]
     if isinstance(one, float):
         return [] if repr(one) == repr(other) else [f"{place}: {one} is not {other}"]
     return [] if one == other else [f"{place}: {one!r} is not {other!r}"]
@@ -425,7 +437,9 @@ def assert_same(one: Run, other: Run) -> None:
 
 def assert_finite(state: Any) -> None:
     """Asserts that every tensor in a nested state is finite."""
-    bad = [place for place, tensor in _tensors(state) if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    bad = [
+        place for place, tensor in _tensors(state) if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
     assert not bad, bad
 
 
