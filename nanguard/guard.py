@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final, get_args
 
 import torch
@@ -32,7 +32,7 @@ from nanguard.rng import RngState
 from nanguard.sentinel import norms
 from nanguard.transaction import OptimizerSnapshot, Transaction
 from nanguard.watch import UnstableOpsWatch
-from nanguard.window import Attempt, Moment, figures, first_suspect, gradients_of
+from nanguard.window import Attempt, Moment, alarm, figures, first_suspect, gradients_of
 
 __all__ = ["Guard", "Moment", "Peers", "Ruling"]
 
@@ -45,6 +45,9 @@ class Ruling:
 
     action: Literal["proceed", "raise", "skip_step", "record", "stop"]
     incident: Incident | None = None
+
+
+_PROCEED = Ruling("proceed")
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,16 @@ class Guard:
         self._budget = SkipBudget(policy.budget)
         self.dropping = False
 
+    @property
+    def pending(self) -> bool:
+        """Whether micro-batches wait for the optimizer."""
+        return bool(self._window) and not self.dropping
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether micro-batches wait for an optimizer that none of them has any gradients for."""
+        return self.pending and all(attempt.loss is None for attempt in self._window)
+
     # -- before and during the step
 
     def begin(
@@ -124,13 +137,21 @@ class Guard:
             rewind: where random number streams go back to if the batch is left out, for loaders that draw while they fetch.
             optimizers: those that may move parameters before `judge` is called for the last time, as LBFGS does.
         """
+        if self.dropping:  # the rest of a window that is left out
+            return
         stabilized = self._stabilize is not None and self._watch.needed
         kept = self._inputs.keep(args)
         micro = MicroBatch(moment.batch_idx, kept, self._transaction.savepoint(), indices, stabilized)
-        self._window.append(Attempt(moment, micro, rewind))
+        self._window.append(Attempt(moment, micro, micro.before, rewind))
         optimizers = list(optimizers)
         if optimizers and self._moved is None and (self.policy.may_continue() or self.policy.stores_weights()):
             self._moved = OptimizerSnapshot(optimizers)
+
+    def starts_here(self) -> None:
+        """The step begins only now: what happened since `begin` is undone by a skip, but is no part of the step itself."""
+        if self._window:
+            attempt = self._window[-1]
+            attempt.micro = replace(attempt.micro, before=self._transaction.savepoint())
 
     def stabilizing(self, micro: MicroBatch | None = None) -> AbstractContextManager[Any]:
         """What the forward pass of the present micro-batch runs in, or that of an earlier one which is run again."""
@@ -162,20 +183,21 @@ class Guard:
             scaler: the GradScaler that will skip non-finite gradients by itself, if there is one.
         """
         if not self._window:
-            return Ruling("proceed")
+            return _PROCEED
         if self.dropping:
             return Ruling("skip_step", self.incidents[-1])
         parameters = list(parameters)
         gradients = gradients_of(parameters)
-        self._window[-1].norms = norms(gradients)
-        found = first_suspect(self._window, gradients)
+        found = None
+        if alarm(self._window, gradients, self._window[-1].micro.before.statistics):
+            found = first_suspect(self._window, gradients)
         if scaler is not None and (found is None or found[1] != "loss"):
             found = self._judge_scaler(scaler, found)
         bad = found is not None
         if self._peers is not None:
             bad = self._peers.any(bad)
         if not bad:
-            return Ruling("proceed")
+            return _PROCEED
         attempt, trigger = found or (self._window[-1], "gradients")
         return self._rule(attempt, trigger, parameters, self._culprit(found))
 
@@ -271,7 +293,7 @@ class Guard:
     def restore(self) -> None:
         """Puts everything back to before the window's first micro-batch. May be called again after more has happened."""
         first = self._window[0]
-        first.micro.before.restore()
+        first.undo.restore()
         if first.rewind is not None:
             first.rewind.restore()
         if self._moved is not None:
@@ -283,6 +305,7 @@ class Guard:
             self._budget.healthy_step()
             self._healthy = self._window[-1].micro if self._rerun is not None else None
         for attempt in self._window:
+            attempt.undo.release()
             attempt.micro.before.release()
         self._inputs.learn()
         self._window.clear()

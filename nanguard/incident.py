@@ -173,12 +173,19 @@ class Incident:
         return cls.from_dict(json.loads(text))
 
 
+_NOTICED = {
+    "loss": "the loss",
+    "gradients": "a gradient",
+    "parameters": "parameters or running statistics",
+    "scaler": "scaled gradients, again and again,",
+}
+
+
 def _lines(incident: Incident) -> list[str]:
     where = f"step {incident.step}, epoch {incident.epoch}, batch {incident.batch_idx}"
     if incident.rank:
         where += f", rank {incident.rank}"
-    noticed = {"loss": "the loss", "gradients": "a gradient", "parameters": "a parameter", "scaler": "the loss scale"}
-    lines = [f"non-finite values in {noticed.get(incident.trigger, incident.trigger)} at {where} ({incident.action})"]
+    lines = [f"non-finite values in {_NOTICED.get(incident.trigger, incident.trigger)} at {where} ({incident.action})"]
     rows = [
         ("found", incident.detail),
         ("origin", _origin_line(incident.origin)),

@@ -24,30 +24,35 @@ def norms(tensors: Iterable[Tensor]) -> Tensor | None:
         A 1-D tensor (float32 or wider, on the device of the first tensor) in no particular order, or `None` where there is
         nothing to check.
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    tensors = list(tensors)
     with torch.no_grad():
+        if len({(type(t), t.dtype, t.device, t.layout) for t in tensors}) == 1 and _values(tensors[0]) is tensors[0]:
+            return _norms(tensors)  # the common case: all alike, and nothing to ask about each of them
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in tensors:
             values = _values(tensor)
             if values is not None:
                 groups.setdefault((values.device, values.dtype), []).append(values)
         if not groups:
             return None
-        stacked = []
-        for (_, dtype), group in groups.items():
-            # Half-precision norms overflow at 65504 on perfectly healthy gradients.
-            half = dtype in (torch.float16, torch.bfloat16)
-            found = torch._foreach_norm(group, 2.0, torch.float32) if half else torch._foreach_norm(group, 2.0)
-            stacked.append(torch.stack(found))
+        stacked = [_norms(group) for group in groups.values()]
         if len(stacked) == 1:
             return stacked[0]
         return torch.cat([part.to(stacked[0].device, torch.float64) for part in stacked])
+
+
+def _norms(alike: list[Tensor]) -> Tensor:
+    if alike[0].dtype in (torch.float16, torch.bfloat16):
+        # Half-precision norms overflow at 65504 on perfectly healthy gradients.
+        return torch.stack(torch._foreach_norm(alike, 2.0, torch.float32))
+    return torch.stack(torch._foreach_norm(alike, 2.0))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every element of every tensor is finite: one synchronisation, and an exact second look where it alarms."""
     tensors = list(tensors)
     found = norms(tensors)
-    if found is None or all(map(math.isfinite, found.tolist())):
+    if found is None or math.isfinite(sum(found.tolist())):
         return True
     return all(finite_flags(tensors))
 

@@ -59,8 +59,12 @@ class Session:
         self._recorder: IndexRecorder | None = None
         self._datasets: list[Any] = []
         self._under_way = False
+        self._handles: list[Any] = []
+        self._inside = False
         self._judged = False
         self._streaming = False
+        self._arguments = 0
+        self._own_start = _is_users_hook(module, "on_train_batch_start")
         self.guard = self._make_guard(incidents, swaps)
         self._wrap()
 
@@ -101,12 +105,18 @@ class Session:
 
     def close(self) -> None:
         """Takes everything away again. Does nothing the second time."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         self._held.undo()
         self._loaders.undo()
         self._patches.undo()
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
+        if self._own_start:
+            self._own_start = False  # LBFGS runs the step several times
+            self.guard.starts_here()
         with self._plain_context(), self.guard.stabilizing():
             yield
 
@@ -116,20 +126,29 @@ class Session:
             yield
 
     def _optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
-        name = self._module._current_fx_name
+        name, self._inside = self._module._current_fx_name, True
         try:
             return self._plain_step(optimizer, model=model, closure=closure, **kwargs)
         except SkipStep:
             self._module._current_fx_name = name
             self._left_out(optimizer)
             return None
+        finally:
+            self._inside = False
 
     def _settled(self, plain: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
+            if self.guard.pending:  # validation in the middle of an accumulation window: judge what there is of it
+                self._decide(list(self._module.parameters()))
             self.settle()
             return plain()
 
         return run
+
+    def _stepped_past_lightning(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Before a step in manual optimization that evades Lightning's hooks, as `opt.optimizer.step()` does."""
+        if not self._inside and not self._decide(_parameters(optimizer)):
+            optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing
 
     def _processing(self, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def process(loader: Any) -> Any:
@@ -162,12 +181,17 @@ class Session:
         self.settle()
         trainer = self._trainer
         self._judged = False
+        self._own_start = _is_users_hook(self._module, "on_train_batch_start")
         self._streaming = _gives_iterators(trainer)
         self._under_way = True
+        if not self._handles and not self._module.automatic_optimization:
+            self._handles = [o.register_step_pre_hook(self._stepped_past_lightning) for o in trainer.optimizers]
         args: tuple[Any, ...] = ()
         indices = rewind = None
         if not self._streaming:
-            args = tuple(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx).values())
+            if not self._arguments:  # Lightning inspects the signature, at some expense
+                self._arguments = len(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx))
+            args = (batch, batch_idx)[: self._arguments]
             if self._recorder is not None:
                 indices, rewind = self._recorder.next_batch()
         self._progress = save_progress(trainer) if self._policy.hold_global_step else None
@@ -194,13 +218,16 @@ class Session:
     def judge(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the optimizer uses the gradients."""
         self._judged = True
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not self._decide(_parameters(optimizer)):
+            raise SkipStep
+
+    def _decide(self, parameters: list[Tensor]) -> bool:
+        """Whether the gradients of these parameters may be used."""
         ruling = self.guard.judge(parameters, scaler=getattr(self._trainer.precision_plugin, "scaler", None))
         if ruling.action == "raise" and ruling.incident is not None:
             raise NonFiniteError(ruling.incident)
-        if ruling.action in ("skip_step", "stop"):
-            self._trainer.should_stop |= ruling.action == "stop"
-            raise SkipStep
+        self._trainer.should_stop |= ruling.action == "stop"
+        return ruling.action not in ("skip_step", "stop")
 
     def _left_out(self, optimizer: Any) -> None:
         """The optimizer did not step: what follows it must not happen either."""
@@ -214,6 +241,11 @@ class Session:
 
     def end_batch(self) -> None:
         """After the training step and the optimizer."""
+        if self.guard.dropping and not self._module.automatic_optimization:
+            self._judged = True  # the step went past Lightning
+        if self.guard.forward_only:  # as when StochasticWeightAveraging gathers the statistics of BatchNorm
+            self._judged = True
+            self._decide([])
         if not self._judged:
             return
         if not self.guard.dropping:
@@ -225,8 +257,9 @@ class Session:
         """Ends a skip: undoes what hooks did with the batch after it had been left out."""
         if self.guard.dropping:
             self.guard.restore()
-            self.guard.end_window()
-            self._held.undo()
+            if self._judged:  # otherwise the rest of the accumulation window is left out, too
+                self.guard.end_window()
+                self._held.undo()
 
     # -- a second run of the step
 
@@ -253,6 +286,10 @@ class Session:
         )
 
 
+def _parameters(optimizer: Any) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _refuse_engines(trainer: Any) -> None:
     name = type(trainer.strategy).__name__
     if "DeepSpeed" in name:
@@ -260,6 +297,12 @@ def _refuse_engines(trainer: Any) -> None:
             f"NanGuard: found the strategy {name}, whose engine steps the optimizer by itself; expected one that steps through "
             "Lightning (DDP, FSDP, a single device). Remove the callback, or use FSDP"
         )
+
+
+def _is_users_hook(module: Any, name: str) -> bool:
+    """Whether the module overrides a hook of LightningModule."""
+    home = getattr(getattr(type(module), name, None), "__module__", "")
+    return not home.startswith(("lightning.", "pytorch_lightning."))
 
 
 def _peers(trainer: Any) -> Peers:

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from nanguard.rng import RngState
-from nanguard.values import ATOMIC, Undo, save_value
+from nanguard.sentinel import finite_flags
+from nanguard.values import Undo, is_constant, save_value
 
 __all__ = ["OptimizerSnapshot", "Savepoint", "Transaction"]
 
@@ -55,6 +57,7 @@ class Transaction:
         layouts: list[dict[str, Tensor | None]] = []
         attributes: list[tuple[dict[str, Any], dict[str, Any], list[Undo]]] = []
         live: list[Tensor] = []
+        statistics: list[Tensor] = []
         skip = self._skip
         # Written out, because `modules()` and set arithmetic cost more than all the rest of a healthy step's savepoint.
         queue, seen = [self._module], set()
@@ -70,7 +73,9 @@ class Transaction:
                 owners.append(buffers)
                 layouts.append(buffers.copy())
                 live.extend(buffer for buffer in buffers.values() if buffer is not None)
-            undos = [save_value(v) for name, v in own.items() if type(v) not in ATOMIC and name not in skip]
+                if isinstance(module, _NormBase) and module.track_running_stats:
+                    statistics += [s for s in (module.running_mean, module.running_var) if s is not None]
+            undos = [save_value(v) for name, v in own.items() if not is_constant(v) and name not in skip]
             attributes.append((own, own.copy(), undos))
         return Savepoint(
             rng=RngState.save(),
@@ -78,6 +83,7 @@ class Transaction:
             layouts=layouts,
             live=live,
             copies=self._copy(live),
+            statistics=statistics,
             attributes=attributes,
             skip=self._skip,
             undos=[participant() for participant in self._participants],
@@ -117,6 +123,7 @@ class Savepoint:
         layouts: list[dict[str, Tensor | None]],
         live: list[Tensor],
         copies: list[Tensor],
+        statistics: list[Tensor],
         attributes: list[tuple[dict[str, Any], dict[str, Any], list[Undo]]],
         skip: frozenset[str],
         undos: list[Undo],
@@ -125,6 +132,7 @@ class Savepoint:
         self.rng = rng
         self.live = live
         self.copies = copies
+        self.statistics = statistics
         self._owners = owners
         self._layouts = layouts
         self._attributes = attributes
@@ -154,12 +162,26 @@ class Savepoint:
         """Which buffers each module had, by the identity of the dictionary that holds them: a step may replace them."""
         return {id(owner): layout for owner, layout in zip(self._owners, self._layouts, strict=True)}
 
+    def spoiled_statistics(self, until: Savepoint | None = None) -> list[Tensor]:
+        """The running statistics of normalisation layers that were finite here, and are not any more.
+
+        Args:
+            until: a later savepoint; without it the present counts.
+        """
+        now = self.statistics if until is None else until.kept_statistics()
+        flags = zip(finite_flags(self.kept_statistics()), finite_flags(now), strict=False)
+        return [entry for entry, (was, still) in zip(self.statistics, flags, strict=False) if was and not still]
+
+    def kept_statistics(self) -> list[Tensor]:
+        """The running statistics as they were at the savepoint."""
+        copies = {id(buffer): copy for buffer, copy in zip(self.live, self.copies, strict=True)}
+        return [copies[id(entry)] for entry in self.statistics]
+
     def release(self) -> None:
         """Gives the copies' memory back for the next savepoint. The savepoint must not be used any more."""
         if self.copies:
             self._release(self.copies)
-        self.copies = []
-        self.live = []
+        self.copies, self.live, self.statistics = [], [], []
 
 
 class OptimizerSnapshot:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ATOMIC", "Undo", "save_value"]
+__all__ = ["ATOMIC", "Undo", "is_constant", "save_value"]
 
 Undo = Callable[[], None]
 
@@ -34,6 +34,12 @@ ATOMIC: frozenset[type] = frozenset(
 _LONGEST = 1024
 _DEEPEST = 6
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a value cannot change, so that the name which holds it is all there is to remember."""
+    kind = type(value)
+    return kind in ATOMIC or (kind is tuple and all(type(entry) in ATOMIC for entry in value))
 
 
 def save_value(value: Any) -> Undo:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from nanguard.diagnosis import MicroBatch
 from nanguard.incident import Trigger
 from nanguard.rng import RngState
-from nanguard.sentinel import all_finite, nonfinite_names
+from nanguard.sentinel import all_finite, nonfinite_names, norms
+from nanguard.transaction import Savepoint
 
-__all__ = ["Attempt", "Moment", "figures", "first_suspect", "gradients_of"]
+__all__ = ["Attempt", "Moment", "alarm", "figures", "first_suspect", "gradients_of"]
 
 
 @dataclass(frozen=True)
@@ -34,64 +35,77 @@ class Attempt:
     Attributes:
         moment: when.
         micro: how to run it again.
+        undo: what a skip goes back to; the step itself may begin later.
         rewind: where random number streams go back to, if not to the beginning of the step.
         loss: the loss, of any shape and dtype.
-        norms: one number per gradient, as `nanguard.sentinel.norms` gives them, after this micro-batch.
+        norms: of the gradients after it, as `nanguard.sentinel.norms` gives them, where more micro-batches follow.
     """
 
     moment: Moment
     micro: MicroBatch
+    undo: Savepoint
     rewind: RngState | None = None
     loss: Tensor | None = None
     norms: Tensor | None = None
 
 
-def first_suspect(window: Sequence[Attempt], gradients: list[Tensor]) -> tuple[Attempt, Trigger] | None:
-    """The first micro-batch with a non-finite loss or gradient, and which of the two it was. One synchronisation.
+def alarm(window: Sequence[Attempt], gradients: list[Tensor], statistics: list[Tensor]) -> bool:
+    """Whether anything may be non-finite: one fused check, one synchronisation. A norm that overflows is a false alarm.
 
     Args:
         window: the micro-batches in order.
-        gradients: what the optimizer is about to use; asked again where only a norm overflowed.
+        gradients: what the optimizer is about to use.
+        statistics: running statistics, which a forward pass may spoil although its loss is finite.
     """
-    entries: list[tuple[Attempt, Trigger, Tensor]] = []
-    for attempt in window:
-        if attempt.loss is not None:
-            entries.append((attempt, "loss", _row(attempt.loss)))
-        if attempt.norms is not None:
-            entries.append((attempt, "gradients", attempt.norms))
-    if not entries:
-        return None
-    device = entries[-1][2].device
-    numbers = torch.cat([row.to(device) for _, _, row in entries]).tolist()  # the synchronisation
-    if all(map(math.isfinite, numbers)):
-        return None
-    suspects: list[tuple[Attempt, Trigger]] = []
-    for attempt, trigger, row in entries:
-        mine, numbers = numbers[: row.numel()], numbers[row.numel() :]
-        if not all(map(math.isfinite, mine)):
-            suspects.append((attempt, trigger))
-    if all(trigger == "gradients" for _, trigger in suspects) and all_finite(gradients):
-        return None  # only a norm overflowed
-    return suspects[0]
+    rows = [norms([*_loss(window[-1]), *gradients, *statistics])]
+    for attempt in window[:-1]:
+        rows += [norms(_loss(attempt)), attempt.norms]
+    present = [row for row in rows if row is not None]
+    if not present:
+        return False
+    if len(present) > 1:
+        present = [torch.cat([row.to(present[0].device, torch.float64) for row in present])]
+    return not math.isfinite(sum(present[0].tolist()))  # the synchronisation
+
+
+def first_suspect(window: Sequence[Attempt], gradients: list[Tensor]) -> tuple[Attempt, Trigger] | None:
+    """After an alarm: the first micro-batch with a loss or gradients or running statistics that are non-finite, and which."""
+    gradients_finite = all_finite(gradients)
+    for attempt, following in zip(window, [*window[1:], None], strict=True):
+        if not all_finite(_loss(attempt)):
+            return attempt, "loss"
+        if not gradients_finite and (attempt is window[-1] or not _finite(attempt.norms)):
+            return attempt, "gradients"
+        if attempt.micro.before.spoiled_statistics(following.micro.before if following is not None else None):
+            return attempt, "parameters"
+    return None
+
+
+def _loss(attempt: Attempt) -> list[Tensor]:
+    return [] if attempt.loss is None else [attempt.loss]
+
+
+def _finite(row: Tensor | None) -> bool:
+    return row is None or math.isfinite(sum(row.tolist()))
 
 
 def figures(attempt: Attempt, parameters: Iterable[Tensor], module: nn.Module) -> str:
     """The loss, and which gradients are non-finite, in half a line."""
-    parts = [] if attempt.loss is None else [f"loss {float(_row(attempt.loss).sum()):.6g}"]
+    parts = [] if attempt.loss is None else [f"loss {float(attempt.loss.double().sum()):.6g}"]
     named = {id(parameter): name for name, parameter in module.named_parameters()}
     gradients = [(named.get(id(p), "?"), p.grad) for p in parameters if p.grad is not None]
     bad = nonfinite_names(gradients)
     if bad:
         shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
         parts.append(f"{len(bad)} of {len(gradients)} gradients non-finite ({shown})")
+    if spoiled := attempt.micro.before.spoiled_statistics():
+        buffers = {id(buffer): name for name, buffer in module.named_buffers()}
+        parts.append(
+            f"running statistics non-finite ({', '.join(buffers.get(id(entry), '?') for entry in spoiled[:3])})"
+        )
     return ", ".join(parts)
 
 
 def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The gradients that there are."""
     return [gradient for gradient in [parameter.grad for parameter in parameters] if gradient is not None]
-
-
-def _row(value: Tensor) -> Tensor:
-    # A loss may be of any shape (backward takes what has one element) and of half precision.
-    return value.reshape(-1).to(torch.promote_types(value.dtype, torch.float32))

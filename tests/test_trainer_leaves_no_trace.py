@@ -347,7 +347,9 @@ def test_beside_the_usual_callbacks(tmp_path: Path, capsys: Any) -> None:
     )
     assert names[0] == "NanGuard"
     assert names[-1] == "ModelCheckpoint"
-    assert [incident.epoch for incident in guard.incidents] == [0, 1, 2]
+    # The last epoch is the one in which StochasticWeightAveraging gathers the statistics of BatchNorm.
+    assert [incident.epoch for incident in guard.incidents] == [0, 1, 2, 3]
+    assert guard.incidents[-1].trigger == "parameters"
 
 
 class Tuned(Net):

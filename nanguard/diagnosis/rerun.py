@@ -97,9 +97,10 @@ class Rerun:
                 gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
         loss = loss.detach()
         present = [gradient for gradient in gradients if gradient is not None]
-        if all_finite([loss, *present]):
+        spoiled = micro.before.spoiled_statistics()
+        if not spoiled and all_finite([loss, *present]):
             return Outcome(loss)
         loss_finite = all_finite([loss])
         flags = finite_flags(present)
-        bad = tuple(gradient for gradient, finite in zip(present, flags, strict=True) if not finite)
-        return Outcome(loss, bad if loss_finite else (loss, *bad), loss_finite)
+        bad = [gradient for gradient, finite in zip(present, flags, strict=True) if not finite]
+        return Outcome(loss, (*([] if loss_finite else [loss]), *bad, *spoiled), loss_finite)

@@ -100,8 +100,13 @@ class Trace(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # Before the call: an in-place operation overwrites what it was given.
         sources = [tensor for tensor in inputs if not _finite(tensor)]
+        finite = [tensor for tensor in inputs if _finite(tensor)]
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        # Written into without being returned, as the running statistics of BatchNorm.
+        written = {id(tensor): tensor for tensor in finite if not _finite(tensor)}
+        outputs += written.values()
+        inputs = [tensor for tensor in inputs if id(tensor) not in written]
         self._note(func, args, kwargs, inputs, sources, outputs)
         return result
 

@@ -13,6 +13,15 @@ _ALONE = ("Log", "Log2", "Log10", "Log1P", "_Graft", "_GraftInPlace")
 _DIVISIONS = ("Div", "Reciprocal", "Pow")
 
 
+_KINDS: dict[str, str] = {}
+
+
+def _kind(name: str) -> str:
+    if name in _ALONE:
+        return "alone"
+    return "exponential" if name == "Exp" else "division" if name in _DIVISIONS else ""
+
+
 def has_unstable_ops(loss: Tensor, limit: int | None = None) -> bool:
     """Whether the graph of a loss contains an operation that a rule might replace, or has replaced.
 
@@ -34,13 +43,17 @@ def has_unstable_ops(loss: Tensor, limit: int | None = None) -> bool:
     seen = {loss.grad_fn}
     exponential = division = False
     for node in queue:
-        name = type(node).__name__.partition("Backward")[0]
-        if name in _ALONE:
-            return True
-        exponential |= name == "Exp"
-        division |= name in _DIVISIONS
-        if exponential and division:
-            return True
+        name = type(node).__name__
+        kind = _KINDS.get(name)
+        if kind is None:
+            kind = _KINDS[name] = _kind(name.partition("Backward")[0])
+        if kind:
+            if kind == "alone":
+                return True
+            exponential |= kind == "exponential"
+            division |= kind == "division"
+            if exponential and division:
+                return True
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 if limit is not None and len(queue) >= limit:
