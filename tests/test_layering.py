@@ -16,7 +16,20 @@ PACKAGE = Path(nanguard.__file__).parent
 # From the ground up; a room may import the rooms before it.
 ROOMS = [
     *("errors", "incident", "policy_errors", "policy", "source", "patches", "rng", "values"),
-    *("algebra", "stabilizer", "sentinel", "transaction", "sampling", "watch", "inputs", "diagnosis", "capture", "archive", "budget", "window"),
+    *(
+        "algebra",
+        "stabilizer",
+        "sentinel",
+        "transaction",
+        "sampling",
+        "watch",
+        "inputs",
+        "diagnosis",
+        "capture",
+        "archive",
+        "budget",
+        "window",
+    ),
     *("guard", "report", "trainer_state", "session", "lightning", "environment", "pytest_plugin", "cli", "__main__"),
 ]
 LIGHT = ["errors", "incident", "policy", "policy_errors", "algebra", "cli", "pytest_plugin", "environment"]

@@ -128,7 +128,8 @@ class Trace(TorchDispatchMode):
         carried = wanted or len(record.sources) < len(sources)
         record.deliberate = carried and not record.sources and not any(bool(torch.isnan(t).any()) for t in bad)
         if not record.sources:
-            record.stats = tuple(describe_tensor(f"input {i}", tensor) for i, tensor in enumerate(inputs))
+            operands = inputs + _numbers(record.op, args)
+            record.stats = tuple(describe_tensor(f"input {i}", tensor) for i, tensor in enumerate(operands))
             record.zero_gradient = _zero_where_bad(inputs, bad)
         for _, maker in record.sources:
             if maker is not None and maker.backward and maker.sequence == sequence:
@@ -217,6 +218,13 @@ def describe_tensor(name: str, tensor: Tensor) -> TensorStats:
 def _op_name(func: Any) -> str:
     """``aten.log_.default`` is ``aten.log``: without overload and without the in-place underscore."""
     return str(func.overloadpacket).removesuffix("_")
+
+
+def _numbers(op: str, args: Any) -> list[Tensor]:
+    """The plain numbers that an arithmetic operation was given, as in ``x / 0.0``."""
+    if op not in ("aten.add", "aten.sub", "aten.mul", "aten.div", "aten.pow", "aten.remainder", "aten.fmod"):
+        return []
+    return [torch.tensor(float(value), dtype=torch.float64) for value in args if type(value) in (int, float)]
 
 
 def _zero_where_bad(inputs: list[Tensor], bad: list[Tensor]) -> bool:
