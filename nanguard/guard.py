@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,15 @@ from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnos
 from nanguard.errors import NanGuardWarning
 from nanguard.incident import Action, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
-from nanguard.policy import Policy, RuleAction
+from nanguard.peers import Peers
+from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sentinel import norms
 from nanguard.transaction import OptimizerSnapshot, Transaction
 from nanguard.watch import UnstableOpsWatch
 from nanguard.window import Attempt, Moment, alarm, figures, first_suspect, gradients_of
 
-__all__ = ["Guard", "Moment", "Peers", "Ruling"]
+__all__ = ["Guard", "Moment", "Ruling"]
 
 _DONE: dict[str, Action] = {"raise": "raised", "skip_step": "skipped", "record": "recorded", "stop": "stopped"}
 
@@ -48,19 +49,6 @@ class Ruling:
 
 
 _PROCEED = Ruling("proceed")
-
-
-@dataclass(frozen=True)
-class Peers:
-    """Several processes that train one model: they must decide alike, and every one takes part in each call.
-
-    Attributes:
-        any: whether any of them says so; called at each step.
-        gather: the number that each gives, by rank; called only when something is wrong.
-    """
-
-    any: Callable[[bool], bool]
-    gather: Callable[[int], list[int]]
 
 
 @final
@@ -199,24 +187,12 @@ class Guard:
         if not bad:
             return _PROCEED
         attempt, trigger = found or (self._window[-1], "gradients")
-        return self._rule(attempt, trigger, parameters, self._culprit(found))
+        return self._rule(attempt, trigger, parameters, self._elsewhere(found))
 
-    def _culprit(self, found: tuple[Attempt, Trigger] | None) -> int | None:
-        """The rank where it began, if that is another one: after the reduction every rank sees the same bad gradients."""
+    def _elsewhere(self, found: tuple[Attempt, Trigger] | None) -> int | None:
         if self._peers is None:
             return None
-        with_loss = self._peers.gather(found is not None and found[1] == "loss")
-        alarmed = self._peers.gather(found is not None)
-        flags = with_loss if any(with_loss) else alarmed
-        return None if flags[self._window[-1].moment.rank] else flags.index(1)
-
-    def _agreed(self, action: RuleAction, elsewhere: int | None) -> RuleAction:
-        """The action of the lowest rank that knows the cause: one rank that raised alone would leave the others waiting."""
-        if self._peers is None:
-            return action
-        actions: tuple[RuleAction, ...] = get_args(RuleAction)
-        votes = self._peers.gather(-1 if elsewhere is not None else actions.index(action))
-        return actions[next(vote for vote in votes if vote >= 0)]
+        return self._peers.culprit(loss=found is not None and found[1] == "loss", alarm=found is not None)
 
     def _judge_scaler(self, scaler: Any, found: tuple[Attempt, Trigger] | None) -> tuple[Attempt, Trigger] | None:
         """A scaler's own skips are part of its work until there are too many of them, or the scale is spent."""
@@ -232,7 +208,9 @@ class Guard:
     def _rule(self, attempt: Attempt, trigger: Trigger, parameters: list[Tensor], elsewhere: int | None) -> Ruling:
         found = self._diagnose(attempt, trigger, elsewhere)
         moment = attempt.moment
-        action = self._agreed(self.policy.action(trigger=trigger, cause=found.cause, step=moment.step), elsewhere)
+        action = self.policy.action(trigger=trigger, cause=found.cause, step=moment.step)
+        if self._peers is not None:
+            action = self._peers.agreed(action, elsewhere)
         action, remark = self._budget.spend(action)
         if elsewhere is None:
             details = [figures(attempt, parameters, self._module), remark]

@@ -64,6 +64,9 @@ class InputKeeper:
 
     def learn(self) -> bool:
         """Takes note of what the step has written into; whether anything of it had not been copied."""
+        if self._written is not None and all(leaf._version == version for _, leaf, version in self._seen):
+            self._seen = []
+            return False
         written = {position for position, leaf, version in self._seen if leaf._version != version}
         first = self._written is None
         surprising = not first and not written <= (self._written or set())

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from nanguard.patches import Patches
 
-__all__ = ["IndexRecorder", "base_indices"]
+__all__ = ["IndexRecorder", "SampleRecord", "base_indices"]
 
 
 @final
@@ -72,6 +72,49 @@ class IndexRecorder:
         recorder = cls(getattr(loader, name), before_fetch if loader.num_workers == 0 else None)
         patches.set(loader, name, recorder)
         return recorder
+
+
+@final
+class SampleRecord:
+    """Which samples the batches of one training loader hold, while loaders come and go.
+
+    Args:
+        before_fetch: as for `IndexRecorder`.
+    """
+
+    def __init__(self, before_fetch: Callable[[], Any]) -> None:
+        self._before_fetch = before_fetch
+        self._patches = Patches()
+        self._datasets: list[Any] = []
+        self._recorder: IndexRecorder | None = None
+        self._under_way = False
+
+    def watch(self, loader: Any) -> None:
+        """Takes note of a training loader that is about to be used; one after the first batch begins a new set of them."""
+        if self._under_way:
+            self.close()
+        self._datasets.append(getattr(loader, "dataset", None))
+        if len(self._datasets) == 1:
+            self._recorder = IndexRecorder.install(loader, self._patches, self._before_fetch)
+
+    def next_batch(self) -> tuple[tuple[int, ...] | None, Any]:
+        """Indices into the dataset of the batch that has just arrived, and what `before_fetch` gave.
+
+        The indices are `None` where there is no telling: for streams, and for several loaders, where an index would not say
+        into which dataset.
+        """
+        self._under_way = True
+        if self._recorder is None:
+            return None, None
+        indices, moment = self._recorder.next_batch()
+        return base_indices(self._datasets[0], indices) if len(self._datasets) == 1 else None, moment
+
+    def close(self) -> None:
+        """Gives the loaders their samplers back."""
+        self._under_way = False
+        self._datasets.clear()
+        self._recorder = None
+        self._patches.undo()
 
 
 def base_indices(dataset: Any, indices: tuple[int, ...] | None) -> tuple[int, ...] | None:

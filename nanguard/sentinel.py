@@ -10,9 +10,13 @@ from torch import Tensor
 
 __all__ = ["all_finite", "finite_flags", "nonfinite_names", "norms"]
 
+# Elements below which calls of kernels cost more than what they do.
+_SMALL = 65536
+_FULL = (torch.float32, torch.float64)
+
 
 def norms(tensors: Iterable[Tensor]) -> Tensor | None:
-    """One number per tensor that is finite only if every element of the tensor is; no synchronisation.
+    """Numbers that are all finite only if every element of every tensor is; no synchronisation.
 
     The L2 norm is the fastest fused reduction that propagates NaN and infinities, ten times as fast as the maximum norm on CPU.
     It may overflow on finite values, so a non-finite norm is a suspicion; `finite_flags` gives the verdict.
@@ -21,13 +25,12 @@ def norms(tensors: Iterable[Tensor]) -> Tensor | None:
         tensors: real or complex floating tensors of any shape, dtype, device and layout; others are ignored.
 
     Returns:
-        A 1-D tensor (float32 or wider, on the device of the first tensor) in no particular order, or `None` where there is
-        nothing to check.
+        A 1-D tensor (float32 or wider, on the device of the first tensor), or `None` where there is nothing to check.
     """
     tensors = list(tensors)
+    if len({(type(t), t.dtype, t.device, t.layout) for t in tensors}) == 1 and _values(tensors[0]) is tensors[0]:
+        return _norms(tensors).detach()  # the common case: all alike, and nothing to ask about each of them
     with torch.no_grad():
-        if len({(type(t), t.dtype, t.device, t.layout) for t in tensors}) == 1 and _values(tensors[0]) is tensors[0]:
-            return _norms(tensors)  # the common case: all alike, and nothing to ask about each of them
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in tensors:
             values = _values(tensor)
@@ -42,6 +45,10 @@ def norms(tensors: Iterable[Tensor]) -> Tensor | None:
 
 
 def _norms(alike: list[Tensor]) -> Tensor:
+    if alike[0].device.type == "cpu" and sum(map(Tensor.numel, alike)) < _SMALL and alike[0].dtype in _FULL:
+        # A copy into one vector costs less than a kernel call for each tensor.
+        flat = torch._C._nn.flatten_dense_tensors(alike)
+        return torch.dot(flat, flat).reshape(1)
     if alike[0].dtype in (torch.float16, torch.bfloat16):
         # Half-precision norms overflow at 65504 on perfectly healthy gradients.
         return torch.stack(torch._foreach_norm(alike, 2.0, torch.float32))

@@ -13,12 +13,13 @@ from torch import Tensor
 from nanguard.archive import Circumstances
 from nanguard.diagnosis import MicroBatch, Rerun
 from nanguard.errors import NanGuardError, NonFiniteError
-from nanguard.guard import Guard, Moment, Peers
+from nanguard.guard import Guard, Moment
 from nanguard.incident import Incident, Swap
 from nanguard.patches import Patches
+from nanguard.peers import Peers
 from nanguard.policy import Policy
 from nanguard.rng import RngState
-from nanguard.sampling import IndexRecorder, base_indices
+from nanguard.sampling import SampleRecord
 from nanguard.trainer_state import IGNORED, hold_schedulers, quiet, save_manual, save_progress, save_results
 from nanguard.transaction import Transaction
 from nanguard.values import Undo
@@ -55,10 +56,7 @@ class Session:
         self._patches = Patches()
         self._held = Patches()
         self._progress: Undo | None = None
-        self._loaders = Patches()
-        self._recorder: IndexRecorder | None = None
-        self._datasets: list[Any] = []
-        self._under_way = False
+        self._samples = SampleRecord(self._before_fetch)
         self._handles: list[Any] = []
         self._inside = False
         self._judged = False
@@ -109,7 +107,7 @@ class Session:
             handle.remove()
         self._handles.clear()
         self._held.undo()
-        self._loaders.undo()
+        self._samples.close()
         self._patches.undo()
 
     @contextmanager
@@ -154,19 +152,10 @@ class Session:
         def process(loader: Any) -> Any:
             loader = plain(loader)
             if self._trainer.training:
-                self._record_indices(loader)
+                self._samples.watch(loader)
             return loader
 
         return process
-
-    def _record_indices(self, loader: Any) -> None:
-        if self._under_way:  # the loaders are made anew for another epoch
-            self._under_way = False
-            self._loaders.undo()
-            self._datasets.clear()
-        self._datasets.append(getattr(loader, "dataset", None))
-        if len(self._datasets) == 1:
-            self._recorder = IndexRecorder.install(loader, self._loaders, self._before_fetch)
 
     def _before_fetch(self) -> RngState | None:
         if self._streaming:  # the step fetches for itself
@@ -183,7 +172,6 @@ class Session:
         self._judged = False
         self._own_start = _is_users_hook(self._module, "on_train_batch_start")
         self._streaming = _gives_iterators(trainer)
-        self._under_way = True
         if not self._handles and not self._module.automatic_optimization:
             self._handles = [o.register_step_pre_hook(self._stepped_past_lightning) for o in trainer.optimizers]
         args: tuple[Any, ...] = ()
@@ -192,14 +180,12 @@ class Session:
             if not self._arguments:  # Lightning inspects the signature, at some expense
                 self._arguments = len(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx))
             args = (batch, batch_idx)[: self._arguments]
-            if self._recorder is not None:
-                indices, rewind = self._recorder.next_batch()
+            indices, rewind = self._samples.next_batch()
         self._progress = save_progress(trainer) if self._policy.hold_global_step else None
         self.guard.begin(
             Moment(trainer.global_step, trainer.current_epoch, batch_idx, trainer.global_rank),
             args,
-            # With several loaders an index would not say into which dataset.
-            indices=base_indices(self._datasets[0], indices) if len(self._datasets) == 1 else None,
+            indices=indices,
             rewind=rewind,
             optimizers=trainer.optimizers if self._moves_early() else (),
         )
@@ -314,7 +300,9 @@ def _peers(trainer: Any) -> Peers:
         )
         return numbers
 
-    return Peers(any=lambda flag: strategy.reduce_boolean_decision(flag, all=False), gather=gather)
+    return Peers(
+        rank=trainer.global_rank, any=lambda flag: strategy.reduce_boolean_decision(flag, all=False), gather=gather
+    )
 
 
 def _gives_iterators(trainer: Any) -> bool:

@@ -47,7 +47,8 @@ class Transaction:
         self._module = module
         self._skip = _STRUCTURE | frozenset(ignored)
         self._participants = tuple(participants)
-        self._spare: list[list[Tensor]] = []
+        self._spare: list[tuple[list[int], list[Tensor]]] = []
+        self._names: dict[int, tuple[int, list[str]]] = {}
 
     def savepoint(self) -> Savepoint:
         """The present state. Costs a copy of the buffers and a walk over the attributes; call `Savepoint.release`
@@ -58,7 +59,6 @@ class Transaction:
         attributes: list[tuple[dict[str, Any], dict[str, Any], list[Undo]]] = []
         live: list[Tensor] = []
         statistics: list[Tensor] = []
-        skip = self._skip
         # Written out, because `modules()` and set arithmetic cost more than all the rest of a healthy step's savepoint.
         queue, seen = [self._module], set()
         while queue:
@@ -75,20 +75,36 @@ class Transaction:
                 live.extend(buffer for buffer in buffers.values() if buffer is not None)
                 if isinstance(module, _NormBase) and module.track_running_stats:
                     statistics += [s for s in (module.running_mean, module.running_var) if s is not None]
-            undos = [save_value(v) for name, v in own.items() if not is_constant(v) and name not in skip]
-            attributes.append((own, own.copy(), undos))
+            values = self._attributes(own)
+            undos = [save_value(value) for value in values.values() if not is_constant(value)]
+            attributes.append((own, values, undos))
         return Savepoint(
             rng=RngState.save(),
             owners=owners,
             layouts=layouts,
             live=live,
-            copies=self._copy(live),
+            copies=self._copy(live, [id(buffer) for buffer in live]),
             statistics=statistics,
             attributes=attributes,
             skip=self._skip,
             undos=[participant() for participant in self._participants],
-            release=self._spare.append,
+            release=self._release,
         )
+
+    def _attributes(self, own: dict[str, Any]) -> dict[str, Any]:
+        """What a module's dictionary holds besides its structure.
+
+        The names are remembered: a dictionary of the same length that has them all has no others.
+        """
+        length, names = self._names.get(id(own), (0, []))
+        if length == len(own):
+            try:
+                return {name: own[name] for name in names}
+            except KeyError:
+                pass
+        names = [name for name in own if name not in self._skip]
+        self._names[id(own)] = len(own), names
+        return {name: own[name] for name in names}
 
     def buffers(self, savepoint: Savepoint) -> dict[str, Tensor]:
         """The buffers of the module by qualified name, with the values that they had at the savepoint."""
@@ -101,15 +117,18 @@ class Transaction:
             if buffer is not None
         }
 
-    def _copy(self, live: list[Tensor]) -> list[Tensor]:
+    def _copy(self, live: list[Tensor], identities: list[int]) -> list[Tensor]:
         if not live:
             return []
         with torch.no_grad():
-            spare = self._spare.pop() if self._spare else []
-            if not _alike(spare, live):
+            known, spare = self._spare.pop() if self._spare else ([], [])
+            if known != identities or any(a.shape != b.shape for a, b in zip(spare, live, strict=True)):
                 return [buffer.detach().clone(memory_format=torch.preserve_format) for buffer in live]
-            torch._foreach_copy_(spare, [buffer.detach() for buffer in live])
+            torch._foreach_copy_(spare, live)
             return spare
+
+    def _release(self, live: list[Tensor], copies: list[Tensor]) -> None:
+        self._spare.append(([id(buffer) for buffer in live], copies))
 
 
 class Savepoint:
@@ -127,7 +146,7 @@ class Savepoint:
         attributes: list[tuple[dict[str, Any], dict[str, Any], list[Undo]]],
         skip: frozenset[str],
         undos: list[Undo],
-        release: Callable[[list[Tensor]], None],
+        release: Callable[[list[Tensor], list[Tensor]], None],
     ) -> None:
         self.rng = rng
         self.live = live
@@ -150,7 +169,7 @@ class Savepoint:
             for own, values, undos in self._attributes:
                 for name in own.keys() - self._skip - values.keys():
                     del own[name]
-                own.update({name: value for name, value in values.items() if name not in self._skip})
+                own.update(values)
                 for undo in undos:
                     undo()
         for undo in self._undos:
@@ -180,7 +199,7 @@ class Savepoint:
     def release(self) -> None:
         """Gives the copies' memory back for the next savepoint. The savepoint must not be used any more."""
         if self.copies:
-            self._release(self.copies)
+            self._release(self.live, self.copies)
         self.copies, self.live, self.statistics = [], [], []
 
 
@@ -230,9 +249,3 @@ def _refill(target: dict[Any, Any], values: dict[Any, Any]) -> None:
     for key in [key for key in target if key not in values]:
         del target[key]
     target.update(values)
-
-
-def _alike(spare: list[Tensor], live: list[Tensor]) -> bool:
-    return len(spare) == len(live) and all(
-        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(spare, live, strict=True)
-    )

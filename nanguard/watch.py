@@ -8,19 +8,22 @@ from torch import Tensor
 
 __all__ = ["UnstableOpsWatch"]
 
+_OFTEN = 8
+
 
 @final
 class UnstableOpsWatch:
     """Reads the graph of each loss and says whether the next step needs the stabiliser.
 
     It begins switched on. A model whose first losses hold nothing to improve runs without a function mode from then on; its
-    graph is looked at again, near the loss at every step and as a whole now and then, because losses change during a run
-    (warm-ups, curricula, alternating objectives). Once something was found, it stays on.
+    graph is looked at again, because losses change during a run (warm-ups, curricula, alternating objectives): its root at
+    every step, the nodes next to it where the root is a new one and at every eighth step, the whole of it now and then. Once
+    something was found, it stays on.
 
     Args:
         trial: number of losses that are looked at before it may switch off.
         every: the whole graph is walked at every so many steps.
-        near: number of nodes next to the loss that are walked at the other steps.
+        near: number of nodes next to the loss that are walked in between.
     """
 
     def __init__(self, *, trial: int = 3, every: int = 50, near: int = 64) -> None:
@@ -29,6 +32,7 @@ class UnstableOpsWatch:
         self._near = near
         self._seen = 0
         self._found = False
+        self._roots: set[tuple[str, ...]] = set()
 
     @property
     def needed(self) -> bool:
@@ -41,6 +45,9 @@ class UnstableOpsWatch:
             return
         from nanguard.stabilizer.watch import has_unstable_ops
 
+        root = (loss.grad_fn.name(), *(node.name() for node, _ in loss.grad_fn.next_functions if node is not None))
         whole = self._seen < self._trial or self._seen % self._every == 0
+        if whole or root not in self._roots or self._seen % _OFTEN == 0:
+            self._roots.add(root)
+            self._found = has_unstable_ops(loss, None if whole else self._near)
         self._seen += 1
-        self._found = has_unstable_ops(loss, None if whole else self._near)
