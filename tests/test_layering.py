@@ -27,6 +27,7 @@ ROOMS = [
         "diagnosis",
         "capture",
         "archive",
+        "peers",
         "budget",
         "window",
     ),

@@ -29,7 +29,7 @@ SHIFT = Operator("shift", "torch.add", "{0} + {other}", infix=True)
 LOG_SOFTMAX = Operator("log_softmax", "torch.nn.functional.log_softmax", "F.log_softmax({0}, dim={dim})", fresh=False)
 LOG_SIGMOID = Operator("logsigmoid", "torch.nn.functional.logsigmoid", "F.logsigmoid({0})")
 SOFTMAX = Operator("softmax", "torch.nn.functional.softmax", "F.softmax({0}, dim={dim})", fresh=False)
-SIGMOID = Operator("sigmoid", "torch.sigmoid", "torch.sigmoid({0})", fresh=False)
+SIGMOID = Operator("sigmoid", f"{_STABLE}.sigmoid", "torch.sigmoid({0})", fresh=False)
 LOGSUMEXP = Operator("logsumexp", f"{_STABLE}.logsumexp", "torch.logsumexp({0}, dim={dim}, keepdim={keepdim})")
 LOGMEANEXP = Operator(
     "logmeanexp",

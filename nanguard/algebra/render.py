@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nanguard.algebra.build import NEGATE
 from nanguard.algebra.registry import Names, Rule
 from nanguard.algebra.term import Leaf, Term
 
@@ -28,6 +29,8 @@ def write(term: Term, names: Names) -> str:
     """A term as a Python expression, with the names of the user's own code."""
     if isinstance(term, Leaf):
         return names.of(term, "logits")
+    if term.operator is NEGATE and isinstance(term.args[0], Leaf) and not names.of(term.args[0], ""):
+        return names.of(term.args[0], "logits")  # the user wrote the sign: what is negated again has no name
     args = [write(arg, names) for arg in term.args]
     if len(args) == 1 and ("infix" in _form(term.args[0]) or not args[0].isidentifier()):
         args = [_guarded(args[0], term)]

@@ -23,6 +23,7 @@ __all__ = [
     "logsumexp",
     "plus_constant",
     "reshape",
+    "sigmoid",
     "stack",
 ]
 
@@ -44,13 +45,23 @@ def logmeanexp(l: Tensor, dim: tuple[int, ...], keepdim: bool = False, *, count:
 
 def logaddexp(l: Tensor, m: Tensor) -> Tensor:  # noqa: E741
     """The logarithm of exp(l) + exp(m), with broadcasting. Where both are -inf, so is it, with derivative 0 (torch: NaN)."""
-    dead = (l.detach() == -math.inf) & (m.detach() == -math.inf)
-    return torch.logaddexp(l.masked_fill(dead, 0.0), m.masked_fill(dead, 0.0)).masked_fill(dead, -math.inf)
+    high, low = torch.maximum(l, m), torch.minimum(l, m)
+    # At a tie (of infinities, too) the derivatives of maximum and minimum are one half each, and the gap has none.
+    gap = torch.where(high.detach() == low.detach(), 0.0, low - high)
+    # log(1 + e^gap). The second derivative of torch.logaddexp is NaN where the gap is wide.
+    return high - torch.nn.functional.logsigmoid(-gap)
 
 
 def plus_constant(l: Tensor, constant: float) -> Tensor:  # noqa: E741
     """The logarithm of exp(l) + constant for a constant above 0."""
-    return torch.logaddexp(l, l.new_full((), math.log(constant)))
+    return logaddexp(l, l.new_full((), math.log(constant)))
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), whose derivative keeps its digits where the sigmoid rounds to 1 (that of torch is 0 there)."""
+    positive = x.detach() >= 0
+    small = torch.exp(torch.where(positive, -x, x))
+    return torch.where(positive, 1.0, small) / (1.0 + small)
 
 
 def clamp_min(l: Tensor, constant: float) -> Tensor:  # noqa: E741

@@ -13,24 +13,26 @@ __all__ = ["graft", "graft_in_place"]
 Derivative = Callable[[Tensor], Tensor]
 
 
-def graft(naive: Tensor, stable: Tensor, like: Tensor, dtype: torch.dtype, fresh: bool, slope: Derivative) -> Tensor:
+def graft(
+    naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, slope: Derivative, plain: Derivative
+) -> Tensor:
     """`stable` as a function of the naive tensor that the user's code computed it from.
 
     Arguments:
         naive: what the user's code computed, such as the argument of the logarithm.
         stable: the value that takes the place of f(naive), of the same shape.
-        like: a tensor with the strides of the result.
         dtype: of the result.
         fresh: whether `stable` is memory of its own.
         slope: the derivative f' at `naive`.
+        plain: f itself; it stands where the stable value is NaN, as where a logit is +inf.
 
-    The result is memory of its own, laid out as elementwise functions of `like` are. Derivatives flow through `stable`, and
+    The result is memory of its own, laid out as elementwise functions of `naive` are. Derivatives flow through `stable`, and
     through `naive` only where somebody asks for the derivative at an intermediate that `stable` does not come
     from. One call that asks for both at once gets the former only, and torch then raises that the intermediate is unused.
     """
     if not (torch.is_grad_enabled() and stable.requires_grad):
-        return _laid_out(stable, like, dtype, fresh)
-    result: Tensor = _Graft.apply(naive, stable, stable.grad_fn, like, dtype, fresh, slope)  # type: ignore[no-untyped-call]
+        return _laid_out(naive, stable, dtype, fresh, plain)
+    result: Tensor = _Graft.apply(naive, stable, stable.grad_fn, dtype, fresh, slope, plain)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -42,11 +44,21 @@ def graft_in_place(naive: Tensor, stable: Tensor, slope: Derivative) -> Tensor:
     return result
 
 
-def _laid_out(stable: Tensor, like: Tensor, dtype: torch.dtype, fresh: bool) -> Tensor:
-    result = torch.empty_like(like, dtype=dtype, requires_grad=False)
+def _laid_out(naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, plain: Derivative) -> Tensor:
+    result = torch.empty_like(naive, dtype=dtype, requires_grad=False)
     if fresh and stable.dtype == dtype and stable.stride() == result.stride():
-        return stable
-    return result.copy_(stable)
+        result = stable
+    else:
+        result.copy_(stable)
+    return _without_new_nan(result, naive, plain)
+
+
+def _without_new_nan(result: Tensor, naive: Tensor, plain: Derivative) -> Tensor:
+    nan = torch.isnan(result)
+    if result.device.type == "cpu" and not bool(nan.any()):  # elsewhere the question would wait for the device
+        return result
+    with torch._C.DisableTorchFunction():
+        return result.copy_(torch.where(nan, plain(naive).to(result.dtype), result))
 
 
 def _split(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -66,14 +78,14 @@ class _Graft(torch.autograd.Function):
         naive: Tensor,
         stable: Tensor,
         node: Any,
-        like: Tensor,
         dtype: torch.dtype,
         fresh: bool,
         slope: Derivative,
+        plain: Derivative,
     ) -> Tensor:
         ctx.node, ctx.slope = node, slope
         ctx.save_for_backward(naive)
-        result = _laid_out(stable, like, dtype, fresh)
+        result = _laid_out(naive, stable, dtype, fresh, plain)
         if result is stable:
             # Handed on as it is, it would count as a view, which could not be edited in place.
             ctx.mark_dirty(stable)

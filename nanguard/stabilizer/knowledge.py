@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanguard.algebra import Term
 
-__all__ = ["Knowledge", "Known", "is_plain"]
+__all__ = ["Knowledge", "Known", "is_plain", "owns_memory"]
 
 # Larger terms, and longer histories, are forgotten: an exponential moving average must not keep all that went into it alive.
 LARGEST_TERM = 256
@@ -29,7 +29,18 @@ class Known:
         pinned: whether somebody watches derivatives at this tensor (a hook, `retain_grad`), which a swap would bypass.
     """
 
-    __slots__ = ("__weakref__", "depth", "parents", "pinned", "requires_grad", "storages", "tensor", "term", "version")
+    __slots__ = (
+        "__weakref__",
+        "depth",
+        "node",
+        "parents",
+        "pinned",
+        "requires_grad",
+        "storages",
+        "tensor",
+        "term",
+        "version",
+    )
 
     def __init__(self, tensor: weakref.ref[Tensor], value: Tensor, term: Term, parents: tuple[Known, ...]) -> None:
         self.tensor = tensor
@@ -38,6 +49,7 @@ class Known:
         self.pinned = False
         self.version = value._version
         self.requires_grad = value.requires_grad
+        self.node = _node_of(value)
         self.depth: int = 1 + max((parent.depth for parent in parents), default=0)
         self.storages: frozenset[int] = frozenset()
 
@@ -57,6 +69,8 @@ class Known:
     def holds(self, tensor: Tensor) -> bool:
         """Whether neither the tensor nor anything that the term depends on has changed since."""
         if tensor._version != self.version or tensor.requires_grad != self.requires_grad:
+            return False
+        if _node_of(tensor) != self.node:  # a custom function has handed on a view, with a derivative of its own
             return False
         return all(leaf.value._version == leaf.version for leaf in self.term.leaves)
 
@@ -147,10 +161,24 @@ class Knowledge:
             del self._known[key]
 
 
+def _node_of(tensor: Tensor) -> int | None:
+    """Which derivative a tensor has."""
+    node = tensor.grad_fn
+    return None if node is None else node._sequence_nr()
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is an ordinary dense tensor, of no subclass, that counts its versions."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return plain and not (tensor.is_inference() or tensor.is_neg())
+    return plain and not (tensor.is_inference() or tensor.is_neg() or tensor.is_meta or tensor.is_nested)
+
+
+def owns_memory(tensor: Tensor) -> bool:
+    """Whether torch alone holds the memory: what it shares with NumPy, a buffer or another process cannot be resized."""
+    try:
+        return bool(tensor.untyped_storage().resizable())
+    except (NotImplementedError, RuntimeError):  # under functorch
+        return True
 
 
 def storage_key(tensor: Tensor) -> int | None:

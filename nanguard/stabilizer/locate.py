@@ -57,11 +57,15 @@ def expression(frame: FrameType) -> tuple[int, str]:
     return start, " ".join(line.decode(errors="replace").strip() for line in encoded)
 
 
+_SYNONYMS = {"logits": ("scores", "inputs"), "target": ("labels", "targets"), "index": ("indices", "positions")}
+
+
 @final
 class FrameNames:
     """The names that a frame, or else one of its callers, has for tensors: local variables, and attributes of `self`."""
 
     def __init__(self, frame: FrameType) -> None:
+        self._taken = {*frame.f_code.co_varnames, *frame.f_code.co_names}
         self._names: dict[int, str] = {}
         self._bases: dict[int, str] = {}
         # Never beyond the second caller: names would stand for something else there.
@@ -70,12 +74,17 @@ class FrameNames:
                 self._names.setdefault(id(value), name)
 
     def of(self, leaf: Leaf, default: str) -> str:
-        """The variable that holds this tensor, or one that it is a view of; else `default`."""
+        """The variable that holds this tensor, or one that it is a view of; else `default`, or a name like it that is free."""
         value: Tensor = leaf.value
         name = self._names.get(id(value))
         if name is None and value._base is not None and value.numel() == value._base.numel():
             name = self._names.get(id(value._base))
-        return name or default
+        return name or self._free(default)
+
+    def _free(self, default: str) -> str:
+        """A name that does not stand for something else in the user's code."""
+        candidates = (default, *(_SYNONYMS.get(default, ())), f"the_{default}")
+        return default and next((name for name in candidates if name not in self._taken), candidates[-1])
 
     def counts_up(self, index: object, length: int) -> bool:
         """Whether an index is 0, 1, ..., length - 1. Tensors are only looked into where that needs no synchronisation."""

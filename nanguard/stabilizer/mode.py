@@ -187,7 +187,7 @@ class StabilizerMode(TorchFunctionMode):
         if stable is None:
             return naive
         self.report.add(rule, stable_term)
-        return _grafted(naive, stable, stable_term, naive.dtype, torch.ones_like)
+        return _grafted(naive, stable, stable_term, naive.dtype, torch.ones_like, _unchanged)
 
     def _answer(self, law: Law, spelling: Spelling, reading: Reading) -> Tensor | None:
         """The stable value of a query, or `None` where it has to be computed as written."""
@@ -210,7 +210,7 @@ class StabilizerMode(TorchFunctionMode):
         if spelling.in_place:
             self._edited(naive)
             return graft_in_place(naive, stable, _SLOPES[law.name])
-        return _grafted(naive, stable, term, dtype, _SLOPES[law.name])
+        return _grafted(naive, stable, term, dtype, _SLOPES[law.name], getattr(torch, law.name))
 
     def _may_swap(self, reading: Reading) -> bool:
         return not any(known.is_pinned() for known in reading.parents) and not environment.in_checkpoint()
@@ -231,11 +231,15 @@ class StabilizerMode(TorchFunctionMode):
         return stable
 
 
-def _grafted(naive: Tensor, stable: Tensor, term: Term, dtype: torch.dtype, slope: Slope) -> Tensor:
+def _unchanged(naive: Tensor) -> Tensor:
+    return naive
+
+
+def _grafted(naive: Tensor, stable: Tensor, term: Term, dtype: torch.dtype, slope: Slope, plain: Slope) -> Tensor:
     if environment.in_transform():
         # Transforms differentiate what was computed, and know no intermediates that could be asked for.
         return stable.to(dtype, copy=True)
-    return graft(naive, stable, naive, dtype, is_fresh(term), slope)
+    return graft(naive, stable, dtype, is_fresh(term), slope, plain)
 
 
 def _may_be_overwritten(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanguard.algebra import Call, Law, Leaf, Operand, Term, Unrecognised, untracked
 from nanguard.stabilizer import environment
-from nanguard.stabilizer.knowledge import Knowledge, Known, is_plain
+from nanguard.stabilizer.knowledge import Knowledge, Known, is_plain, owns_memory
 
 __all__ = ["Reading"]
 
@@ -83,6 +83,8 @@ class Reading:
         return Operand(leaf, known.term if known is not None else None, real=_is_real(tensor))
 
     def _leaf(self, tensor: Tensor) -> Leaf:
+        if not owns_memory(tensor):
+            tensor = tensor.clone()  # NumPy may write into it unseen
         return Leaf(tensor, tuple(tensor.shape), tensor._version, tensor.requires_grad or self._transformed)
 
     def _nested(self, value: Any) -> Any:
