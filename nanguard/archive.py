@@ -57,6 +57,8 @@ class Archive:
         self._circumstances = circumstances or Circumstances
         self._initial = scalar_attributes(module) if policy.capture.enabled else None
         self._told: set[str] = set()
+        # Absolute from the beginning: some programs change their working directory.
+        self._directory = policy.capture.directory.expanduser().absolute()
 
     def store(self, incident: Incident, micro: MicroBatch, loss: Tensor | None) -> Incident:
         """Captures the step of an incident, and returns the incident with the place of the capture.
@@ -87,7 +89,7 @@ class Archive:
         )
         try:
             path = write_capture(
-                options.directory,
+                self._directory,
                 snapshot,
                 incident,
                 module=options.model,

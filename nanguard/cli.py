@@ -26,9 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status. Errors go to stderr as one message."""
     options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # what the terminal cannot show is better shown escaped than not at all
+        # What the terminal cannot show is better shown escaped than not at all.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         status: int = options.run(options)
@@ -36,9 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except NanGuardError as error:
         return _fail(str(error))
+    except SystemExit as error:
+        return _fail(f"the code that was to be replayed has ended the program (status {error.code!r})")
     except BrokenPipeError:  # the reader has seen enough; nothing more may be flushed into the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLEAN
+    except OSError as error:
+        return _fail(f"cannot read or write: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nanguard.archive import Archive, Circumstances
 from nanguard.budget import SkipBudget
@@ -27,6 +28,7 @@ from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnos
 from nanguard.errors import NanGuardWarning
 from nanguard.incident import Action, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
+from nanguard.moving import MovingParameters, ParameterSnapshot
 from nanguard.peers import Peers
 from nanguard.policy import Policy
 from nanguard.rng import RngState
@@ -49,6 +51,11 @@ class Ruling:
 
 
 _PROCEED = Ruling("proceed")
+
+_SCALER_ADVICE = (
+    "Without the loss scale the gradients are finite, so they overflow in half precision only. Lower the learning rate or "
+    "the initial scale, or train in bfloat16."
+)
 
 
 @final
@@ -80,7 +87,7 @@ class Guard:
         self.incidents: list[Incident] = [] if incidents is None else incidents
         self.swaps: list[Swap] = [] if swaps is None else swaps
         self._module = module
-        self._transaction = transaction or Transaction(module)
+        self._transaction = transaction or Transaction(module, moving=MovingParameters(module))
         self._rerun = rerun
         self._peers = peers
         self._archive = Archive(policy, module, circumstances)
@@ -90,6 +97,7 @@ class Guard:
         self._inputs = InputKeeper()
         self._window: list[Attempt] = []
         self._moved: OptimizerSnapshot | None = None
+        self._left: ParameterSnapshot | None = None
         self._healthy: MicroBatch | None = None
         self._scaler_streak = 0
         self._budget = SkipBudget(policy.budget)
@@ -174,6 +182,7 @@ class Guard:
             return _PROCEED
         if self.dropping:
             return Ruling("skip_step", self.incidents[-1])
+        self._transaction.learn()
         parameters = list(parameters)
         gradients = gradients_of(parameters)
         found = None
@@ -239,6 +248,8 @@ class Guard:
         if action != "record":
             self.restore()
             self.dropping = action != "raise"
+        if self.dropping:
+            self._left = ParameterSnapshot([p for p in self._module.parameters() if not is_lazy(p)])
         if action != "raise":
             _tell(incident)
         return Ruling(action, incident)
@@ -260,11 +271,21 @@ class Guard:
 
     def _diagnose(self, attempt: Attempt, trigger: Trigger, elsewhere: int | None) -> Diagnosis:
         options = self.policy.diagnosis
-        if not options.enabled or trigger == "scaler" or elsewhere is not None:
+        if not options.enabled or elsewhere is not None:
             return Diagnosis()
+        try:
+            return self._autopsy(attempt, trigger)
+        except Exception as error:  # whatever is wrong with the diagnosis, the incident is worth more
+            return Diagnosis(advice=f"The diagnosis itself failed: {type(error).__name__}: {error}")
+
+    def _autopsy(self, attempt: Attempt, trigger: Trigger) -> Diagnosis:
+        options = self.policy.diagnosis
         if self._rerun is None:
             return suspects(self._module, attempt.micro.args, self._transaction.buffers(attempt.micro.before))
-        return diagnose(attempt.micro, self._rerun, healthy=self._healthy, samples=options.samples)
+        found = diagnose(attempt.micro, self._rerun, healthy=self._healthy, samples=options.samples)
+        if trigger == "scaler" and found.verdict == "transient":
+            return Diagnosis(advice=_SCALER_ADVICE)
+        return found
 
     # -- after the step
 
@@ -276,6 +297,9 @@ class Guard:
             first.rewind.restore()
         if self._moved is not None:
             self._moved.restore()
+        # What hooks and callbacks do to parameters after the step was left out must not stay either.
+        if self._left is not None:
+            self._left.restore()
 
     def end_window(self) -> None:
         """Forgets the window: its step was taken, or left out for good."""
@@ -288,6 +312,7 @@ class Guard:
         self._inputs.learn()
         self._window.clear()
         self._moved = None
+        self._left = None
         self.dropping = False
 
     def _tell_swaps(self) -> None:

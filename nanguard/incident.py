@@ -198,9 +198,14 @@ def _lines(incident: Incident) -> list[str]:
         ("capture", incident.capture),
         ("replay", "with the command on the next line" if incident.replay else None),
     ]
-    lines += [f"  {name:<8} {value}" for name, value in rows if value]
+    lines += [f"  {name:<8} {_printable(str(value))}" for name, value in rows if value]
     # Alone on its line, so that it can be copied, and found by a program.
-    return [*lines, incident.replay] if incident.replay else lines
+    return [*lines, _printable(incident.replay)] if incident.replay else lines
+
+
+def _printable(text: str) -> str:
+    """Without control characters: a capture from elsewhere must not steer the terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _origin_line(origin: Origin | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from nanguard.archive import Circumstances
 from nanguard.diagnosis import MicroBatch, Rerun
-from nanguard.errors import NanGuardError, NonFiniteError
+from nanguard.errors import NanGuardError, NanGuardWarning, NonFiniteError
 from nanguard.guard import Guard, Moment
 from nanguard.incident import Incident, Swap
+from nanguard.moving import MovingParameters
 from nanguard.patches import Patches
 from nanguard.peers import Peers
 from nanguard.policy import Policy
@@ -62,6 +64,8 @@ class Session:
         self._judged = False
         self._streaming = False
         self._arguments = 0
+        self._step_before = 0
+        self._warned = False
         self._own_start = _is_users_hook(module, "on_train_batch_start")
         self.guard = self._make_guard(incidents, swaps)
         self._wrap()
@@ -71,7 +75,7 @@ class Session:
         participants = [lambda: save_results(trainer)]
         if not module.automatic_optimization:
             participants.append(lambda: save_manual(trainer))
-        transaction = Transaction(module, ignored=IGNORED, participants=participants)
+        transaction = Transaction(module, ignored=IGNORED, participants=participants, moving=MovingParameters(module))
         peers = _peers(trainer) if trainer.world_size > 1 else None
         rerun = None
         if peers is None and module.automatic_optimization:
@@ -170,6 +174,7 @@ class Session:
         self.settle()
         trainer = self._trainer
         self._judged = False
+        self._step_before = trainer.global_step
         self._own_start = _is_users_hook(self._module, "on_train_batch_start")
         self._streaming = _gives_iterators(trainer)
         if not self._handles and not self._module.automatic_optimization:
@@ -233,6 +238,11 @@ class Session:
             self._judged = True
             self._decide([])
         if not self._judged:
+            if self._trainer.global_step > self._step_before and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    _UNASKED.format(type(self._trainer.precision_plugin).__name__), NanGuardWarning, stacklevel=2
+                )
             return
         if not self.guard.dropping:
             self.guard.end_window()
@@ -270,6 +280,12 @@ class Session:
             hparams=dict(self._module.hparams),
             trainer={"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps},
         )
+
+
+_UNASKED = (
+    "{} lets the optimizer step without Lightning's `on_before_optimizer_step`, so NanGuard is never asked and cannot protect "
+    "this run. Call the hook between the closure and the update, as `Precision.optimizer_step` does through `_wrap_closure`"
+)
 
 
 def _parameters(optimizer: Any) -> list[Tensor]:

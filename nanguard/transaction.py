@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
+from nanguard.moving import MovingParameters, ParameterSnapshot
 from nanguard.rng import RngState
 from nanguard.sentinel import finite_flags
 from nanguard.values import Undo, is_constant, save_value
@@ -35,6 +37,7 @@ class Transaction:
         module: its buffers and the attributes of all its submodules are saved.
         ignored: names of attributes that belong to a framework and must never be put back.
         participants: called at each savepoint; each returns a function that undoes what happened since.
+        moving: tells which parameters the forward pass changes; without it no parameter is saved.
     """
 
     def __init__(
@@ -43,10 +46,12 @@ class Transaction:
         *,
         ignored: Iterable[str] = (),
         participants: Sequence[Callable[[], Undo]] = (),
+        moving: MovingParameters | None = None,
     ) -> None:
         self._module = module
         self._skip = _STRUCTURE | frozenset(ignored)
         self._participants = tuple(participants)
+        self._moving = moving
         self._spare: list[tuple[list[int], list[Tensor]]] = []
         self._names: dict[int, tuple[int, list[str]]] = {}
 
@@ -72,9 +77,10 @@ class Transaction:
             if buffers:
                 owners.append(buffers)
                 layouts.append(buffers.copy())
-                live.extend(buffer for buffer in buffers.values() if buffer is not None)
+                live.extend(buffer for buffer in buffers.values() if buffer is not None and not is_lazy(buffer))
                 if isinstance(module, _NormBase) and module.track_running_stats:
-                    statistics += [s for s in (module.running_mean, module.running_var) if s is not None]
+                    running = (module.running_mean, module.running_var)
+                    statistics += [entry for entry in running if entry is not None and not is_lazy(entry)]
             values = self._attributes(own)
             undos = [save_value(value) for value in values.values() if not is_constant(value)]
             attributes.append((own, values, undos))
@@ -88,6 +94,7 @@ class Transaction:
             attributes=attributes,
             skip=self._skip,
             undos=[participant() for participant in self._participants],
+            parameters=self._moving.keep() if self._moving is not None else None,
             release=self._release,
         )
 
@@ -105,6 +112,11 @@ class Transaction:
         names = [name for name in own if name not in self._skip]
         self._names[id(own)] = len(own), names
         return {name: own[name] for name in names}
+
+    def learn(self) -> None:
+        """To be called before the optimizer steps: takes note of the parameters that the forward pass has changed."""
+        if self._moving is not None:
+            self._moving.learn()
 
     def buffers(self, savepoint: Savepoint) -> dict[str, Tensor]:
         """The buffers of the module by qualified name, with the values that they had at the savepoint."""
@@ -146,6 +158,7 @@ class Savepoint:
         attributes: list[tuple[dict[str, Any], dict[str, Any], list[Undo]]],
         skip: frozenset[str],
         undos: list[Undo],
+        parameters: ParameterSnapshot | None,
         release: Callable[[list[Tensor], list[Tensor]], None],
     ) -> None:
         self.rng = rng
@@ -157,6 +170,7 @@ class Savepoint:
         self._attributes = attributes
         self._skip = skip
         self._undos = undos
+        self._parameters = parameters
         self._release = release
 
     def restore(self, *, rng: bool = True) -> None:
@@ -172,6 +186,8 @@ class Savepoint:
                 own.update(values)
                 for undo in undos:
                     undo()
+        if self._parameters is not None:
+            self._parameters.restore()
         for undo in self._undos:
             undo()
         if rng:
@@ -215,7 +231,7 @@ class OptimizerSnapshot:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         parameters = {id(p): p for group in groups for p in group["params"]}
         with torch.no_grad():
-            self._parameters = [(p, p.detach().clone()) for p in parameters.values()]
+            self._parameters = ParameterSnapshot(list(parameters.values()))
             self._states = [
                 (optimizer, {p: dict(state) for p, state in optimizer.state.items()}, save_value(dict(optimizer.state)))
                 for optimizer in self.optimizers
@@ -228,8 +244,7 @@ class OptimizerSnapshot:
     def restore(self) -> None:
         """Puts parameters, state and hyperparameters back, bit for bit, into the tensors that held them."""
         with torch.no_grad():
-            for parameter, copy in self._parameters:
-                parameter.detach().copy_(copy)
+            self._parameters.restore()
             for optimizer, state, undo in self._states:
                 for parameter in [p for p in optimizer.state if p not in state]:
                     del optimizer.state[parameter]

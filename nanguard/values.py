@@ -33,6 +33,8 @@ ATOMIC: frozenset[type] = frozenset(
 # Longer containers are logs or tables: appends to them are undone, their entries are taken as they are.
 _LONGEST = 1024
 _DEEPEST = 6
+# Larger arrays (in bytes) that are no buffers are data, not state: to copy them before each step would cost more than the step.
+_LARGEST = 16 * 2**20
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
@@ -89,6 +91,8 @@ def _save_all(values: Any, undos: list[Undo], seen: set[int], depth: int) -> Non
 
 
 def _save_tensor(tensor: Tensor) -> Undo:
+    if tensor.numel() * tensor.element_size() > _LARGEST:
+        return lambda: None
     copy = tensor.detach().clone(memory_format=torch.preserve_format)
     version = None if tensor.is_inference() else tensor._version
 
@@ -182,7 +186,7 @@ def _save_numpy(value: Any, undos: list[Undo]) -> None:
     elif hasattr(value, "get_state"):
         legacy = value.get_state()
         undos.append(lambda: value.set_state(legacy))
-    elif hasattr(value, "flags") and getattr(value.flags, "writeable", False) and value.size:
+    elif hasattr(value, "flags") and getattr(value.flags, "writeable", False) and 0 < value.nbytes <= _LARGEST:
         copy = value.copy()
 
         def undo() -> None:

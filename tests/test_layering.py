@@ -15,11 +15,22 @@ PACKAGE = Path(nanguard.__file__).parent
 
 # From the ground up; a room may import the rooms before it.
 ROOMS = [
-    *("errors", "incident", "policy_errors", "policy", "source", "patches", "rng", "values"),
+    *(
+        "errors",
+        "incident",
+        "policy_errors",
+        "policy",
+        "source",
+        "patches",
+        "rng",
+        "values",
+        "trees",
+        "sentinel",
+        "moving",
+    ),
     *(
         "algebra",
         "stabilizer",
-        "sentinel",
         "transaction",
         "sampling",
         "watch",

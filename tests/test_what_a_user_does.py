@@ -183,7 +183,8 @@ def test_5_a_week_later_pytest_replays_the_batch(model, pytester):
     done = subprocess.run([sys.executable, "train.py"], cwd=pytester.path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     command = done.stderr.strip().splitlines()[-1]
-    assert command == "nanguard replay bad/step-00000000-rank0 --module model:HandRolled"
+    captured = pytester.path / "bad" / "step-00000000-rank0"
+    assert command == f"nanguard replay {captured} --module model:HandRolled"
 
     pytester.makepyfile(
         test_bad="""

@@ -63,6 +63,13 @@ def apply_attributes(capture: Capture, module: nn.Module, *, captured: bool) -> 
     for owner, values in _scalars(file, entries["attributes"]).items():
         own = parts[owner].__dict__ if owner in parts else {}
         for name, value in values.items():
+            if (
+                captured
+                and initial is not None
+                and name not in own
+                and _came_later(parts.get(owner), initial, owner, name)
+            ):
+                own[name] = value
             if name not in own or type(own[name]) not in SCALARS or _equal(own[name], value):
                 continue
             moved_on = initial is not None and not _equal(initial.get(owner, {}).get(name), value)
@@ -72,6 +79,11 @@ def apply_attributes(capture: Capture, module: nn.Module, *, captured: bool) -> 
             if replaced:
                 own[name] = value
     return notes
+
+
+def _came_later(part: nn.Module | None, initial: Mapping[str, Any], owner: str, name: str) -> bool:
+    """Whether an attribute was made in the run, by a hook that a replay does not call."""
+    return part is not None and name not in initial.get(owner, {}) and not hasattr(type(part), name)
 
 
 def _scalars(file: Any, entries: Any) -> dict[str, dict[str, Any]]:

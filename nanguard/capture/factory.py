@@ -99,7 +99,8 @@ def _import(source: str, reference: str) -> Any:
         raise CaptureError(f"--module {reference}: {source} cannot be imported ({hint})") from error
     except (Exception, SystemExit) as error:
         raise CaptureError(
-            f"--module {reference}: importing {source} raised {type(error).__name__}: {error}"
+            f"--module {reference}: importing {source} raised {type(error).__name__}: {error}\n"
+            'A script that trains when it is imported needs its training under `if __name__ == "__main__":`'
         ) from error
 
 

@@ -89,8 +89,17 @@ def _default_dtype(value: Any) -> None:
     torch.set_default_dtype(getattr(torch, value))
 
 
+def _threads(value: Any) -> None:
+    if type(value) is not int or not 1 <= value <= _MOST_THREADS:
+        raise ValueError(f"expected 1 to {_MOST_THREADS} threads")
+    torch.set_num_threads(value)
+
+
+# More would not make a replay more exact, only exhaust the memory.
+_MOST_THREADS = 1024
+
 _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "num_threads": (torch.get_num_threads, torch.set_num_threads),
+    "num_threads": (torch.get_num_threads, _threads),
     "default_dtype": (lambda: str(torch.get_default_dtype())[6:], _default_dtype),
     "deterministic_algorithms": (
         lambda: [torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()],

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nanguard.diagnosis.cause import advice, cause_of
@@ -51,7 +52,7 @@ def diagnose(micro: MicroBatch, rerun: Rerun, *, healthy: MicroBatch | None = No
         return Diagnosis(cause="transient", verdict="transient", advice=advice("transient", None))
     found = _origin(trace, outcome, rerun.module, args) or suspects(rerun.module, micro.args, buffers)
     if samples and found.cause != "parameters":
-        found = replace(found, samples=_samples(micro, rerun, outcome, healthy))
+        found = replace(found, samples=_samples(found, micro, rerun, outcome, healthy))
     return replace(found, verdict="reproduced")
 
 
@@ -90,7 +91,9 @@ def _outside(origin: Origin, cause: Cause, name: str, tensor: Tensor) -> Diagnos
     return Diagnosis(origin, cause, advice=advice(cause, origin))
 
 
-def _samples(micro: MicroBatch, rerun: Rerun, outcome: Outcome, healthy: MicroBatch | None) -> tuple[int, ...] | None:
+def _samples(
+    found: Diagnosis, micro: MicroBatch, rerun: Rerun, outcome: Outcome, healthy: MicroBatch | None
+) -> tuple[int, ...] | None:
     if healthy is not None and rerun(micro, copy_of(healthy.args)).fails:
         return None
     size = batch_size(micro.args[0]) if micro.args else None
@@ -98,10 +101,21 @@ def _samples(micro: MicroBatch, rerun: Rerun, outcome: Outcome, healthy: MicroBa
         return None
 
     def fails(positions: Sequence[int]) -> bool | None:
-        again = rerun(micro, (take(micro.args[0], positions), *micro.args[1:]))
+        again = rerun(micro, (take(micro.args[0], positions), *copy_of(micro.args[1:])))
         return again.fails and again.loss_finite == outcome.loss_finite if again.fails is not None else None
 
+    if found.cause == "bad_input" and found.origin is not None:
+        rows = _bad_rows(dict(named_leaves(micro.args)).get(found.origin.tensor or ""), size)
+        rest = [position for position in range(size) if position not in rows]
+        if rows and (not rest or fails(rest) is False):
+            return tuple(rows)
     return failing_samples(size, fails)
+
+
+def _bad_rows(tensor: Tensor | None, size: int) -> list[int]:
+    if tensor is None or tensor.layout is not torch.strided or tensor.ndim == 0 or tensor.shape[0] != size:
+        return []
+    return (~torch.isfinite(tensor)).reshape(size, -1).any(1).nonzero().flatten().tolist()
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:

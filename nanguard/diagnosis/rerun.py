@@ -91,7 +91,7 @@ class Rerun:
                 stack.enter_context(trace.recording())
             loss = self.step(*args)
             if not isinstance(loss, Tensor):
-                return Outcome()
+                return Outcome(bad=tuple(micro.before.spoiled_statistics()))
             gradients: tuple[Tensor | None, ...] = ()
             if loss.requires_grad:
                 gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from nanguard.inputs import copy_tensor
+from nanguard.trees import map_tensors, named_tensors
 
 __all__ = ["batch_size", "failing_samples", "take"]
 
@@ -17,8 +19,8 @@ Fails = Callable[[Sequence[int]], "bool | None"]
 
 def batch_size(batch: Any) -> int | None:
     """The length of the leading dimension that the tensors of a batch share, or `None` where they share none."""
-    leaves, _ = tree_flatten(batch)
-    sizes = Counter(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0)
+    tensors = [tensor for _, tensor in named_tensors(batch, "")]
+    sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.ndim > 0 and not tensor.is_nested)
     if not sizes:
         return None
     (size, votes), *others = sizes.most_common()
@@ -30,18 +32,16 @@ def take(batch: Any, positions: Sequence[int]) -> Any:
     kept.
     """
     size = batch_size(batch)
-    leaves, spec = tree_flatten(batch)
-    picked = [_rows(leaf, positions, size) for leaf in leaves]
-    return tree_unflatten(picked, spec)
+
+    def rows(tensor: Tensor) -> Tensor:
+        if tensor.is_nested or tensor.ndim == 0 or tensor.shape[0] != size:
+            return copy_tensor(tensor)
+        return tensor.index_select(0, torch.tensor(positions, device=tensor.device, dtype=torch.long))
+
+    return map_tensors(rows, batch)
 
 
-def _rows(leaf: Any, positions: Sequence[int], size: int | None) -> Any:
-    if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size:
-        return leaf.index_select(0, torch.tensor(positions, device=leaf.device, dtype=torch.long))
-    return leaf
-
-
-def failing_samples(size: int, fails: Fails, *, most_runs: int = 40) -> tuple[int, ...] | None:
+def failing_samples(size: int, fails: Fails, *, most_runs: int = 64) -> tuple[int, ...] | None:
     """All smallest sets of samples that still fail, together (Zeller and Hildebrandt, 2002, ddmin).
 
     Args:

@@ -73,7 +73,7 @@ def _leaf_table(found: list[Leaf]) -> RenderableType:
     for leaf in found[:_MOST]:
         shape = "" if leaf.shape is None else "x".join(map(str, leaf.shape)) or "scalar"
         counts = [Text(str(count) if count else "", style="bold red") for count in (leaf.nan, leaf.inf)]
-        table.add_row(Text(leaf.path), Text(leaf.dtype or leaf.type), shape, *counts, Text(leaf.value or ""))
+        table.add_row(Text(leaf.path), Text(str(leaf.dtype or leaf.type)), shape, *counts, Text(leaf.value or ""))
     if len(found) > _MOST:
         return Group(table, Text(f"... and {len(found) - _MOST} more", style="dim"))
     return table

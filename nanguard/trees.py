@@ -1,0 +1,77 @@
+"""Batches as trees of tensors: dictionaries of any kind, sequences, named tuples, dataclasses, and plain objects.
+
+torch's own pytree stops at dataclasses, at dictionaries that are no `dict`, and at objects.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["map_tensors", "named_tensors"]
+
+_DEEPEST = 32
+
+
+def named_tensors(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in a tree with the expression that leads to them, such as ``batch["image"][0].mask``."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif depth < _DEEPEST:
+        for step, child in _children(value):
+            yield from named_tensors(child, path + step, depth + 1)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any, depth: int = 0) -> Any:
+    """The same tree with other tensors, in containers of its own; what is neither tensor nor container is shared."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return change(value)
+    if depth >= _DEEPEST or kind in (int, float, str, bytes, bool, type(None)):
+        return value
+    if kind in (list, tuple):
+        return kind([map_tensors(change, child, depth + 1) for child in value])
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return kind._make(map_tensors(change, child, depth + 1) for child in value)
+    if isinstance(value, dict):
+        mapped = copy.copy(value)
+        for key, child in value.items():
+            mapped[key] = map_tensors(change, child, depth + 1)
+        return mapped
+    if _has_attributes(value) and any(True for _ in named_tensors(value, "", depth)):
+        try:
+            mapped = copy.copy(value)
+        except Exception:  # it does not let itself be copied
+            return value
+        for name, child in vars(value).items():
+            vars(mapped)[name] = map_tensors(change, child, depth + 1)
+        return mapped
+    return value
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (dict, UserDict)):
+        for key, child in value.items():
+            yield f'["{key}"]' if isinstance(key, str) else f"[{key!r}]", child
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield from ((f".{name}", child) for name, child in zip(value._fields, value, strict=True))
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"[{position}]", child) for position, child in enumerate(value))
+    elif _has_attributes(value):
+        yield from ((f".{name}", child) for name, child in vars(value).items())
+
+
+def _has_attributes(value: Any) -> bool:
+    """Whether it is an object whose attributes are worth looking at: a container of somebody's own, not machinery."""
+    if isinstance(value, (type, nn.Module)) or not hasattr(value, "__dict__") or callable(value):
+        return False
+    return dataclasses.is_dataclass(value) or isinstance(value, UserDict) or _holds_tensors(vars(value))
+
+
+def _holds_tensors(attributes: dict[str, Any]) -> bool:
+    return any(isinstance(value, (Tensor, dict, list, tuple, UserDict)) for value in attributes.values())
