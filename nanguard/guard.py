@@ -188,7 +188,7 @@ class Guard:
         found = None
         if alarm(self._window, gradients, self._window[-1].micro.before.statistics):
             found = first_suspect(self._window, gradients)
-        if scaler is not None and (found is None or found[1] != "loss"):
+        if scaler is not None and (found is None or found[1] == "gradients"):
             found = self._judge_scaler(scaler, found)
         bad = found is not None
         if self._peers is not None:
@@ -276,7 +276,8 @@ class Guard:
         try:
             return self._autopsy(attempt, trigger)
         except Exception as error:  # whatever is wrong with the diagnosis, the incident is worth more
-            return Diagnosis(advice=f"The diagnosis itself failed: {type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+            return Diagnosis(advice=f"The diagnosis itself failed: {reason}")
 
     def _autopsy(self, attempt: Attempt, trigger: Trigger) -> Diagnosis:
         options = self.policy.diagnosis

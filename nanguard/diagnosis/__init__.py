@@ -45,12 +45,13 @@ def diagnose(micro: MicroBatch, rerun: Rerun, *, healthy: MicroBatch | None = No
     buffers = rerun.transaction.buffers(micro.before)
     trace = Trace(rerun.module)
     trace.suspect([*_tensors(args), *rerun.module.parameters(), *rerun.module.buffers()])
+    named = named_leaves(args)  # now: the step may put other tensors into its batch
     outcome = rerun(micro, args, trace)
     if outcome.error is not None:
         return suspects(rerun.module, micro.args, buffers)
     if not outcome.bad:
         return Diagnosis(cause="transient", verdict="transient", advice=advice("transient", None))
-    found = _origin(trace, outcome, rerun.module, args) or suspects(rerun.module, micro.args, buffers)
+    found = _origin(trace, outcome, rerun.module, named) or suspects(rerun.module, micro.args, buffers)
     if samples and found.cause != "parameters":
         found = replace(found, samples=_samples(found, micro, rerun, outcome, healthy))
     return replace(found, verdict="reproduced")
@@ -73,12 +74,12 @@ def suspects(module: nn.Module, args: Sequence[Any], buffers: Mapping[str, Tenso
     return Diagnosis()
 
 
-def _origin(trace: Trace, outcome: Outcome, module: nn.Module, args: Sequence[Any]) -> Diagnosis | None:
+def _origin(trace: Trace, outcome: Outcome, module: nn.Module, named: list[tuple[str, Tensor]]) -> Diagnosis | None:
     finding = trace.blame(outcome.bad)
     if finding is None:
         return None
     if finding.external is not None:
-        name = leaf_path(finding.external, args, module)
+        name = leaf_path(finding.external, named, module)
         if name is not None:
             cause: Cause = "bad_input" if name.startswith("batch") else "parameters"
             return _outside(finding.origin, cause, name, finding.external)

@@ -102,9 +102,8 @@ def advice(cause: Cause, origin: Origin | None) -> str:
     counts = "non-finite values"
     if origin and origin.tensor and stats:
         nan, infinite = sum(s.nan for s in stats), sum(s.posinf + s.neginf for s in stats)
-        counts = (
-            " and ".join(f"{n} {label}" for n, label in ((nan, "NaN"), (infinite, "infinite values")) if n) or counts
-        )
+        kinds = ((nan, "NaN"), (infinite, "infinite value" if infinite == 1 else "infinite values"))
+        counts = " and ".join(f"{number} {kind}" for number, kind in kinds if number) or counts
     extremes = [max(abs(s.min), abs(s.max)) for s in stats if s.min is not None and s.max is not None]
     return _ADVICE[cause].format(
         tensor=(origin.tensor if origin else None) or "A value",

@@ -18,9 +18,9 @@ def named_leaves(args: Sequence[Any]) -> list[tuple[str, Tensor]]:
     return [pair for root, argument in zip(roots, args, strict=False) for pair in named_tensors(argument, root)]
 
 
-def leaf_path(tensor: Tensor, args: Sequence[Any], module: nn.Module) -> str | None:
+def leaf_path(tensor: Tensor, inputs: list[tuple[str, Tensor]], module: nn.Module) -> str | None:
     """The name of a tensor (or of what it is a view of) among the inputs, parameters and buffers of a step."""
-    outside = [*named_leaves(args), *module.named_parameters(), *module.named_buffers()]
+    outside = [*inputs, *module.named_parameters(), *module.named_buffers()]
     return next((name for name, candidate in outside if candidate is tensor or _same_storage(candidate, tensor)), None)
 
 
