@@ -45,9 +45,11 @@ def logmeanexp(l: Tensor, dim: tuple[int, ...], keepdim: bool = False, *, count:
 
 def logaddexp(l: Tensor, m: Tensor) -> Tensor:  # noqa: E741
     """The logarithm of exp(l) + exp(m), with broadcasting. Where both are -inf, so is it, with derivative 0 (torch: NaN)."""
-    high, low = torch.maximum(l, m), torch.minimum(l, m)
-    # At a tie (of infinities, too) the derivatives of maximum and minimum are one half each, and the gap has none.
-    gap = torch.where(high.detach() == low.detach(), 0.0, low - high)
+    swap = m.detach() > l.detach()
+    high, low = torch.where(swap, m, l), torch.where(swap, l, m)
+    gap = low - high
+    # Infinities of the same sign have no gap.
+    gap = torch.where(gap.detach().isnan() & (high.detach() == low.detach()), 0.0, gap)
     # log(1 + e^gap). The second derivative of torch.logaddexp is NaN where the gap is wide.
     return high - torch.nn.functional.logsigmoid(-gap)
 

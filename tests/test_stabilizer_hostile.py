@@ -1,0 +1,159 @@
+"""What hostile users found: custom functions, memory shared with NumPy, saturated and infinite logits, second derivatives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import nanguard
+
+DTYPE = torch.float32
+
+
+def stabilized(function, *args):
+    with nanguard.stabilize() as swaps:
+        return function(*args), swaps
+
+
+class Reversal(torch.autograd.Function):
+    """The gradient reversal layer of domain-adversarial training."""
+
+    hand_on = staticmethod(lambda x: x.view_as(x))
+
+    @staticmethod
+    def forward(ctx, x):
+        return Reversal.hand_on(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+@pytest.mark.parametrize("hand_on", [lambda x: x, lambda x: x.view_as(x), lambda x: x[:], lambda x: x.clone()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: torch.log(Reversal.apply(torch.softmax(z, 1)))[0, 0],
+        lambda z: (Reversal.apply(z.exp()) / Reversal.apply(z.exp()).sum(1, keepdim=True))[0, 0],
+        lambda z: torch.log(torch.softmax(Reversal.apply(z), 1))[0, 0],
+    ],
+)
+def test_custom_functions_keep_their_derivative(monkeypatch, hand_on, loss):
+    monkeypatch.setattr(Reversal, "hand_on", staticmethod(hand_on))
+    z = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+    (plain,) = torch.autograd.grad(loss(z), z)
+    value, _ = stabilized(loss, z)
+    (guarded,) = torch.autograd.grad(value, z)
+    torch.testing.assert_close(guarded, plain)
+
+
+@pytest.mark.parametrize(
+    "share", [torch.from_numpy, torch.as_tensor, lambda array: torch.frombuffer(array, dtype=torch.float32)]
+)
+def test_memory_that_numpy_writes_into_between(share):
+    array = np.array([1.0, 2.0, 3.0], dtype=np.float32)
+
+    def loss():
+        p = torch.softmax(share(array), 0)
+        array[:] = 0
+        return p.log()
+
+    value, swaps = stabilized(loss)
+    torch.testing.assert_close(value, torch.log_softmax(torch.tensor([1.0, 2.0, 3.0]), 0))
+    assert len(swaps) == 1
+
+
+def test_targets_in_memory_of_numpy():
+    labels = np.array([2, 0])
+    z = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+
+    def loss():
+        picked = torch.softmax(z, 1)[torch.arange(2), torch.from_numpy(labels)]
+        labels[:] = 1
+        return picked.log()
+
+    value, _ = stabilized(loss)
+    torch.testing.assert_close(value, torch.log_softmax(z, 1)[[0, 1], [2, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", [lambda z: 1 / (1 + torch.exp(-z)), lambda z: _ratio(z)])
+def test_the_derivative_of_a_saturated_sigmoid_keeps_its_digits(form, dtype):
+    z = torch.tensor(
+        [-1000.0, -90.0, -20.0, -1.0, 0.0, 1.0, 12.0, 20.0, 30.0, 80.0, 1000.0], dtype=dtype, requires_grad=True
+    )
+    value, swaps = stabilized(form, z)
+    assert [swap.rule for swap in swaps] == ["NG202"]
+    (grad,) = torch.autograd.grad(value.sum(), z)
+    exact = z.detach().double()
+    torch.testing.assert_close(value.double(), torch.sigmoid(exact), rtol=1e-5, atol=1e-44)
+    torch.testing.assert_close(grad.double(), torch.sigmoid(exact) * torch.sigmoid(-exact), rtol=1e-5, atol=1e-44)
+
+
+def _ratio(z):
+    e = z.exp()
+    return e / (1 + e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("logarithm", [False, True])
+def test_an_infinite_logit_brings_no_nan_that_was_not_there(dtype, logarithm):
+    z = torch.tensor([[1.0, float("inf"), 2.0], [1.0, 2.0, 3.0]], dtype=dtype)
+
+    def probabilities():
+        e = z.exp()
+        p = e / e.sum(1, keepdim=True)
+        return p.log() if logarithm else p
+
+    plain = probabilities()
+    value, _ = stabilized(probabilities)
+    assert torch.equal(value.isnan(), plain.isnan())
+    assert torch.equal(value[0].nan_to_num(7), plain[0].nan_to_num(7))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda z: torch.log(torch.softmax(z, 0) + 1e-8),
+        lambda z: torch.log(1 + z.exp()),
+        lambda z: torch.log(z.exp() + (-z).exp()),
+        lambda z: torch.log(0.9 * torch.softmax(z, 0) + 0.1 / 3),
+    ],
+)
+@pytest.mark.parametrize("values", [[1.0, 2.0, -120.0], [-95.0, 0.0, 50.0], [0.0, 0.0, 0.0], [1.0, 2.0, float("-inf")]])
+def test_second_derivatives_have_no_new_nan(form, values):
+    def penalty(z):
+        (grad,) = torch.autograd.grad(form(z)[:2].sum(), z, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), z)[0]
+
+    z = torch.tensor(values, requires_grad=True)
+    plain = penalty(z)
+    guarded, _ = stabilized(penalty, z)
+    assert not (guarded.isnan() & ~plain.isnan()).any()
+    assert (plain[:2].isnan() | torch.isclose(guarded[:2], plain[:2], rtol=1e-3, atol=1e-5)).all()
+
+
+def test_meta_tensors_and_nested_tensors_are_left_alone():
+    meta = torch.empty(3, 4, device="meta")
+    value, swaps = stabilized(lambda: torch.softmax(meta, 1).log())
+    assert value.shape == (3, 4)
+    assert swaps == []
+    nested = torch.nested.nested_tensor([torch.randn(2), torch.randn(3)], layout=torch.jagged)
+    stabilized(lambda: torch.exp(nested) * 2)
+
+
+def test_names_that_stand_for_something_else_are_not_suggested():
+    def loss():
+        logits = torch.tensor([[1.0, 2.0, 3.0]])
+        return torch.log(torch.softmax(logits / 0.5, 1)), logits
+
+    _, swaps = stabilized(loss)
+    assert swaps[0].replacement == "F.log_softmax(scores, dim=1)"
+
+    def sigmoid():
+        z = torch.tensor([1.0, 2.0])
+        return 1 / (1 + torch.exp(-z))
+
+    _, swaps = stabilized(sigmoid)
+    assert swaps[0].replacement == "torch.sigmoid(logits)"
