@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "finite_flags", "nonfinite_names", "norms"]
+__all__ = ["all_finite", "finite_flags", "nonfinite_names", "norms", "small_total"]
 
-# Elements below which calls of kernels cost more than what they do.
-_SMALL = 65536
-_FULL = (torch.float32, torch.float64)
+# Below so many elements, in so few tensors, calls of kernels cost more than what they do.
+_SMALL, _FEW = 65536, 16
+
+
+def small_total(tensors: Sequence[Tensor]) -> float | None:
+    """The sum of all elements of a few small tensors on the CPU, which is finite only if each of them is; elsewhere `None`.
+
+    It may overflow, or be NaN, on finite values that are very large: a suspicion, as with `norms`.
+    """
+    if len(tensors) > _FEW:
+        return None
+    total = 0.0
+    for tensor in tensors:
+        plain = type(tensor) is Tensor and tensor.is_cpu and tensor.layout is torch.strided
+        if not plain or tensor.dtype not in _FULL or tensor.numel() > _SMALL:
+            return None
+        total += tensor.sum().item()
+    return total
+
+
+_FULL = frozenset((torch.float32, torch.float64))
 
 
 def norms(tensors: Iterable[Tensor]) -> Tensor | None:
@@ -45,10 +63,6 @@ def norms(tensors: Iterable[Tensor]) -> Tensor | None:
 
 
 def _norms(alike: list[Tensor]) -> Tensor:
-    if alike[0].device.type == "cpu" and sum(map(Tensor.numel, alike)) < _SMALL and alike[0].dtype in _FULL:
-        # A copy into one vector costs less than a kernel call for each tensor.
-        flat = torch._C._nn.flatten_dense_tensors(alike)
-        return torch.dot(flat, flat).reshape(1)
     if alike[0].dtype in (torch.float16, torch.bfloat16):
         # Half-precision norms overflow at 65504 on perfectly healthy gradients.
         return torch.stack(torch._foreach_norm(alike, 2.0, torch.float32))

@@ -32,7 +32,7 @@ class UnstableOpsWatch:
         self._near = near
         self._seen = 0
         self._found = False
-        self._roots: set[tuple[str, ...]] = set()
+        self._roots: set[tuple[type, ...]] = set()
 
     @property
     def needed(self) -> bool:
@@ -45,7 +45,7 @@ class UnstableOpsWatch:
             return
         from nanguard.stabilizer.watch import has_unstable_ops
 
-        root = (loss.grad_fn.name(), *(node.name() for node, _ in loss.grad_fn.next_functions if node is not None))
+        root = (type(loss.grad_fn), *[type(node) for node, _ in loss.grad_fn.next_functions])
         whole = self._seen < self._trial or self._seen % self._every == 0
         if whole or root not in self._roots or self._seen % _OFTEN == 0:
             self._roots.add(root)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nanguard.diagnosis import MicroBatch
 from nanguard.incident import Trigger
 from nanguard.rng import RngState
-from nanguard.sentinel import all_finite, nonfinite_names, norms
+from nanguard.sentinel import all_finite, nonfinite_names, norms, small_total
 from nanguard.transaction import Savepoint
 
 __all__ = ["Attempt", "Moment", "alarm", "figures", "first_suspect", "gradients_of"]
@@ -57,7 +57,12 @@ def alarm(window: Sequence[Attempt], gradients: list[Tensor], statistics: list[T
         gradients: what the optimizer is about to use.
         statistics: running statistics, which a forward pass may spoil although its loss is finite.
     """
-    rows = [norms([*_loss(window[-1]), *gradients, *statistics])]
+    tensors = [*_loss(window[-1]), *gradients, *statistics]
+    if len(window) == 1:
+        total = small_total(tensors)
+        if total is not None:
+            return not math.isfinite(total)
+    rows = [norms(tensors)]
     for attempt in window[:-1]:
         rows += [norms(_loss(attempt)), attempt.norms]
     present = [row for row in rows if row is not None]
