@@ -43,7 +43,7 @@ class InputKeeper:
 
     def __init__(self) -> None:
         self._written: set[int] | None = None
-        self._seen: list[tuple[Tensor, int]] = []
+        self._seen: list[tuple[Tensor, int | None]] = []
 
     def keep(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Arguments equal to these, which the step that is about to run will not change."""
@@ -52,7 +52,7 @@ class InputKeeper:
 
         def kept(tensor: Tensor) -> Tensor:
             position = len(self._seen)
-            self._seen.append((tensor, 0 if tensor.is_inference() else tensor._version))
+            self._seen.append((tensor, None if tensor.is_inference() else tensor._version))
             return copy_tensor(tensor) if self._written is None or position in self._written else tensor
 
         result: tuple[Any, ...] = map_tensors(kept, tuple(args))
@@ -61,10 +61,12 @@ class InputKeeper:
     def learn(self) -> bool:
         """Takes note of what the step has written into; whether anything of it had not been copied."""
         seen, self._seen = self._seen, []
+        if self._written is not None and not any(version is not None and t._version != version for t, version in seen):
+            return False
         written = {
             position
             for position, (tensor, version) in enumerate(seen)
-            if not tensor.is_inference() and tensor._version != version
+            if version is not None and tensor._version != version
         }
         surprising = self._written is not None and not written <= self._written
         if written or self._written is None:

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from nanguard.moving import MovingParameters, ParameterSnapshot
 from nanguard.rng import RngState
 from nanguard.sentinel import finite_flags
-from nanguard.values import Undo, is_constant, save_value
+from nanguard.values import ATOMIC, Undo, is_constant, save_value
 
 __all__ = ["OptimizerSnapshot", "Savepoint", "Transaction"]
 
@@ -72,7 +72,8 @@ class Transaction:
                 continue
             seen.add(id(module))
             own = module.__dict__
-            queue.extend(child for child in own["_modules"].values() if child is not None)
+            if own["_modules"]:
+                queue.extend(child for child in own["_modules"].values() if child is not None)
             buffers = own["_buffers"]
             if buffers:
                 owners.append(buffers)
@@ -82,7 +83,7 @@ class Transaction:
                     running = (module.running_mean, module.running_var)
                     statistics += [entry for entry in running if entry is not None and not is_lazy(entry)]
             values = self._attributes(own)
-            undos = [save_value(value) for value in values.values() if not is_constant(value)]
+            undos = [save_value(v) for v in values.values() if type(v) not in ATOMIC and not is_constant(v)]
             attributes.append((own, values, undos))
         return Savepoint(
             rng=RngState.save(),
