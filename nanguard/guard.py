@@ -12,7 +12,6 @@ What happens to one optimizer step:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from torch.nn.parameter import is_lazy
 from nanguard.archive import Archive, Circumstances
 from nanguard.budget import SkipBudget
 from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnose, suspects
-from nanguard.errors import NanGuardWarning
 from nanguard.incident import Action, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
 from nanguard.moving import MovingParameters, ParameterSnapshot
@@ -33,6 +31,7 @@ from nanguard.peers import Peers
 from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sentinel import norms
+from nanguard.telling import tell_incident, tell_swap
 from nanguard.transaction import OptimizerSnapshot, Transaction
 from nanguard.watch import UnstableOpsWatch
 from nanguard.window import Attempt, Moment, alarm, figures, first_suspect, gradients_of
@@ -251,7 +250,7 @@ class Guard:
         if self.dropping:
             self._left = ParameterSnapshot([p for p in self._module.parameters() if not is_lazy(p)])
         if action != "raise":
-            _tell(incident)
+            tell_incident(incident)
         return Ruling(action, incident)
 
     def _store(self, incident: Incident, attempt: Attempt) -> Incident:
@@ -319,11 +318,7 @@ class Guard:
     def _tell_swaps(self) -> None:
         for swap in self.swaps[self._told :]:
             self._told += 1
-            message = (
-                f"{swap.rule}: replaced the unstable `{swap.original}` by its stable form while it runs. "
-                f"Write instead: {swap.replacement}"
-            )
-            warnings.warn_explicit(message, NanGuardWarning, swap.file, swap.line)
+            tell_swap(swap)
 
 
 def _stabilizer(policy: Policy, swaps: list[Swap]) -> Any:
@@ -332,12 +327,6 @@ def _stabilizer(policy: Policy, swaps: list[Swap]) -> Any:
     from nanguard.stabilizer import stabilize
 
     return stabilize(epsilon=policy.stabilize.epsilon, swaps=swaps)
-
-
-def _tell(incident: Incident) -> None:
-    place = incident.origin
-    file, line = (place.file, place.line) if place is not None else (None, None)
-    warnings.warn_explicit(str(incident), NanGuardWarning, file or "nanguard", line or 0)
 
 
 def _picked(micro: MicroBatch, samples: tuple[int, ...] | None) -> tuple[int, ...] | None:

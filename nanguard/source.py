@@ -40,7 +40,10 @@ def user_frame(frame: FrameType | None = None) -> Frame | None:
 @functools.cache
 def is_user_file(file: str) -> bool:
     """Whether a code object's file is neither torch's, lightning's nor nanguard's own (nor the interpreter's)."""
-    if file.startswith("<frozen") or file.endswith(("contextlib.py", "functools.py", "threading.py")):
+    # Code that torch.compile or torch.fx has generated is nobody's source.
+    if file.startswith(("<frozen", "<eval_with_key>")) or file.endswith(
+        ("contextlib.py", "functools.py", "threading.py")
+    ):
         return False
     return not os.path.abspath(file).startswith(_library_folders())
 

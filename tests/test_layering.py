@@ -44,7 +44,7 @@ ROOMS = [
     ),
     *("guard", "report", "trainer_state", "session", "lightning", "environment", "pytest_plugin", "cli", "__main__"),
 ]
-LIGHT = ["errors", "incident", "policy", "policy_errors", "algebra", "cli", "pytest_plugin", "environment"]
+LIGHT = ["errors", "incident", "telling", "policy", "policy_errors", "algebra", "cli", "pytest_plugin", "environment"]
 
 
 def imports(path: Path) -> set[str]:

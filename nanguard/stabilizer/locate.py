@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import itertools
 import linecache
-import os
 import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
@@ -16,28 +14,15 @@ import torch
 from torch import Tensor
 
 from nanguard.algebra import Leaf
+from nanguard.source import is_user_file
 
 __all__ = ["FrameNames", "expression", "user_frame"]
-
-_NANGUARD = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def _library_directories() -> tuple[str, ...]:
-    directories = [_NANGUARD]
-    for name in ("torch", "lightning", "pytorch_lightning", "lightning_utilities", "lightning_fabric", "torchmetrics"):
-        spec = importlib.util.find_spec(name)
-        directories += spec.submodule_search_locations or [] if spec is not None else []
-    return tuple(os.path.abspath(directory) + os.sep for directory in directories)
-
-
-_LIBRARIES = _library_directories()
-_IS_LIBRARY: dict[str, bool] = {}
 
 
 def user_frame() -> FrameType:
     """The deepest frame outside torch, Lightning, torchmetrics and nanguard itself (the outermost one, if there is none)."""
     frame = sys._getframe(1)
-    while _is_library(frame.f_code.co_filename) and frame.f_back is not None:
+    while not is_user_file(frame.f_code.co_filename) and frame.f_back is not None:
         frame = frame.f_back
     return frame
 
@@ -97,7 +82,7 @@ class FrameNames:
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
-        if not _is_library(frame.f_code.co_filename):
+        if is_user_file(frame.f_code.co_filename):
             yield frame
         frame = frame.f_back
 
@@ -116,12 +101,3 @@ def _position(code: CodeType, instruction: int) -> tuple[int | None, int | None,
     if positions is None or instruction < 0:
         return None, None, None, None
     return next(itertools.islice(positions(), instruction // 2, None), (None, None, None, None))
-
-
-def _is_library(file: str) -> bool:
-    known = _IS_LIBRARY.get(file)
-    if known is None:
-        # Code that torch.compile or torch.fx has generated is nobody's source.
-        known = file.startswith("<eval_with_key>") or os.path.abspath(file).startswith(_LIBRARIES)
-        _IS_LIBRARY[file] = known
-    return known
