@@ -18,6 +18,7 @@ ROOMS = [
     *(
         "errors",
         "incident",
+        "telling",
         "policy_errors",
         "policy",
         "source",
