@@ -56,9 +56,7 @@ class Transaction:
         self._names: dict[int, tuple[int, list[str]]] = {}
 
     def savepoint(self) -> Savepoint:
-        """The present state. Costs a copy of the buffers and a walk over the attributes; call `Savepoint.release`
-        after.
-        """
+        """The present state, for a copy of the buffers and a walk over the attributes. Give it back by `release`."""
         owners: list[dict[str, Tensor | None]] = []
         layouts: list[dict[str, Tensor | None]] = []
         attributes: list[tuple[dict[str, Any], dict[str, Any], list[Undo]]] = []
@@ -127,7 +125,7 @@ class Transaction:
             f"{prefix}.{name}" if prefix else name: copies[id(buffer)]
             for prefix, module in self._module.named_modules()
             for name, buffer in layouts.get(id(module._buffers), {}).items()
-            if buffer is not None
+            if buffer is not None and id(buffer) in copies
         }
 
     def _copy(self, live: list[Tensor], identities: list[int]) -> list[Tensor]:

@@ -262,3 +262,11 @@ def test_the_capture_folder_is_where_it_was_asked_for(tmp_path, monkeypatch):
     with pytest.raises(NonFiniteError) as caught:
         fit(Plain, rows([1]), NanGuard(captures="~/caught"))
     assert caught.value.incident.capture == str(tmp_path / "home" / "caught" / "step-00000000-rank0")
+
+
+def test_a_lazy_module_whose_first_batch_is_bad_is_diagnosed(tmp_path):
+    guard = NanGuard(captures=tmp_path)
+    with pytest.raises(NonFiniteError) as caught:
+        fit(Lazy, rows([1]), guard)
+    incident = caught.value.incident
+    assert (incident.batch_idx, incident.cause, incident.samples) == (0, "bad_input", (1,))
