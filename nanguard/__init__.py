@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Advice": "nanguard.incident",
     "Capture": "nanguard.capture",
     "CaptureError": "nanguard.errors",
     "DidNotReproduce": "nanguard.errors",
@@ -20,6 +21,7 @@ _HOMES = {
     "NanGuardError": "nanguard.errors",
     "NanGuardWarning": "nanguard.errors",
     "NonFiniteError": "nanguard.errors",
+    "NumericalAdvice": "nanguard.errors",
     "Origin": "nanguard.incident",
     "Policy": "nanguard.policy",
     "PolicyError": "nanguard.errors",
@@ -27,6 +29,7 @@ _HOMES = {
     "Swap": "nanguard.incident",
     "TensorStats": "nanguard.incident",
     "assert_finite_step": "nanguard.capture",
+    "compile_backend": "nanguard.stabilizer",
     "load_capture": "nanguard.capture",
     "load_policy": "nanguard.policy",
     "replay": "nanguard.capture",
@@ -41,14 +44,16 @@ if TYPE_CHECKING:
         NanGuardError,
         NanGuardWarning,
         NonFiniteError,
+        NumericalAdvice,
         PolicyError,
     )
-    from nanguard.incident import Incident, Origin, Swap, TensorStats
+    from nanguard.incident import Advice, Incident, Origin, Swap, TensorStats
     from nanguard.lightning import NanGuard
     from nanguard.policy import Policy, load_policy
-    from nanguard.stabilizer import stabilize
+    from nanguard.stabilizer import compile_backend, stabilize
 
 __all__ = [
+    "Advice",
     "Capture",
     "CaptureError",
     "DidNotReproduce",
@@ -57,6 +62,7 @@ __all__ = [
     "NanGuardError",
     "NanGuardWarning",
     "NonFiniteError",
+    "NumericalAdvice",
     "Origin",
     "Policy",
     "PolicyError",
@@ -65,6 +71,7 @@ __all__ = [
     "TensorStats",
     "__version__",
     "assert_finite_step",
+    "compile_backend",
     "load_capture",
     "load_policy",
     "replay",

@@ -80,7 +80,7 @@ class Archive:
             initial_attributes=self._initial,
             optimizers=around.optimizers,
             precision=around.precision,
-            stabilize={"enabled": micro.stabilized, "epsilon": self._policy.stabilize.epsilon},
+            stabilize={**self._policy.stabilize.model_dump(), "enabled": micro.stabilized},
             scale=1.0 if around.scale is None else around.scale,
             accumulate=around.accumulate,
             hparams=around.hparams,

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nanguard.incident import Incident
 
-__all__ = ["CaptureError", "DidNotReproduce", "NanGuardError", "NanGuardWarning", "NonFiniteError", "PolicyError"]
+__all__ = [
+    "CaptureError",
+    "DidNotReproduce",
+    "NanGuardError",
+    "NanGuardWarning",
+    "NonFiniteError",
+    "NumericalAdvice",
+    "PolicyError",
+]
 
 
 class NanGuardError(Exception):
@@ -16,6 +24,10 @@ class NanGuardError(Exception):
 
 class NanGuardWarning(UserWarning):
     """What nanguard has to say while the run goes on: a replaced computation, a skipped step, a capture that failed."""
+
+
+class NumericalAdvice(NanGuardWarning):
+    """A computation that the stabiliser leaves as it is, but that should be written otherwise."""
 
 
 class PolicyError(NanGuardError):

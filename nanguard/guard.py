@@ -24,14 +24,14 @@ from torch.nn.parameter import is_lazy
 from nanguard.archive import Archive, Circumstances
 from nanguard.budget import SkipBudget
 from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnose, suspects
-from nanguard.incident import Action, Incident, Swap, Trigger
+from nanguard.incident import Action, Advice, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
 from nanguard.moving import MovingParameters, ParameterSnapshot
 from nanguard.peers import Peers
 from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sentinel import norms
-from nanguard.telling import tell_incident, tell_swap
+from nanguard.telling import tell_advice, tell_incident, tell_swap
 from nanguard.transaction import OptimizerSnapshot, Transaction
 from nanguard.watch import UnstableOpsWatch
 from nanguard.window import Attempt, Moment, alarm, figures, first_suspect, gradients_of
@@ -81,18 +81,21 @@ class Guard:
         circumstances: Callable[[], Circumstances | None] | None = None,
         incidents: list[Incident] | None = None,
         swaps: list[Swap] | None = None,
+        advice: list[Advice] | None = None,
     ) -> None:
         self.policy = policy
         self.incidents: list[Incident] = [] if incidents is None else incidents
         self.swaps: list[Swap] = [] if swaps is None else swaps
+        self.advice: list[Advice] = [] if advice is None else advice
         self._module = module
         self._transaction = transaction or Transaction(module, moving=MovingParameters(module))
         self._rerun = rerun
         self._peers = peers
         self._archive = Archive(policy, module, circumstances)
         self._watch = UnstableOpsWatch()
-        self._stabilize = _stabilizer(policy, self.swaps)
+        self._stabilize = _stabilizer(policy, self.swaps, self.advice)
         self._told = len(self.swaps)
+        self._advised = len(self.advice)
         self._inputs = InputKeeper()
         self._window: list[Attempt] = []
         self._moved: OptimizerSnapshot | None = None
@@ -319,14 +322,18 @@ class Guard:
         for swap in self.swaps[self._told :]:
             self._told += 1
             tell_swap(swap)
+        for advice in self.advice[self._advised :]:
+            self._advised += 1
+            tell_advice(advice)
 
 
-def _stabilizer(policy: Policy, swaps: list[Swap]) -> Any:
+def _stabilizer(policy: Policy, swaps: list[Swap], advice: list[Advice]) -> Any:
     if not policy.stabilize.enabled:
         return None
     from nanguard.stabilizer import stabilize
 
-    return stabilize(epsilon=policy.stabilize.epsilon, swaps=swaps)
+    options = policy.stabilize
+    return stabilize(options.epsilon, saturated=options.saturated, swaps=swaps, advice=advice)
 
 
 def _picked(micro: MicroBatch, samples: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -1,6 +1,7 @@
 """The records that everyone exchanges. Plain, frozen, JSON-serialisable, free of torch.
 
-A swap is a computation that was replaced before it could fail. An incident is a step that failed all the same.
+A swap is a computation that was replaced before it could fail, advice one that should be. An incident is a step that failed all
+the same.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-__all__ = ["Action", "Cause", "Incident", "Origin", "Phase", "Swap", "TensorStats", "Trigger", "Verdict"]
+__all__ = ["Action", "Advice", "Cause", "Incident", "Origin", "Phase", "Swap", "TensorStats", "Trigger", "Verdict"]
 
 Trigger = Literal["loss", "gradients", "parameters", "inputs", "activations", "scaler"]
 Phase = Literal["forward", "backward", "optimizer"]
@@ -55,6 +56,28 @@ class Swap:
     def __str__(self) -> str:
         times = "" if self.count == 1 else f" ({self.count} times)"
         return f"{self.file}:{self.line}: {self.rule} {self.original} -> {self.replacement}{times}"
+
+
+@dataclass
+class Advice:
+    """One place in the user's code that was left as it is, but should be written otherwise.
+
+    Attributes:
+        rule, file, line, original: as those of a `Swap`.
+        advice: what to write instead and why, in a sentence or two.
+        count: how often the place was met.
+    """
+
+    rule: str
+    file: str
+    line: int
+    original: str
+    advice: str
+    count: int = field(default=1, compare=False)
+
+    def __str__(self) -> str:
+        times = "" if self.count == 1 else f" ({self.count} times)"
+        return f"{self.file}:{self.line}: {self.rule} {self.original}: {self.advice}{times}"
 
 
 @dataclass(frozen=True)

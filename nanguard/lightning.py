@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateF
 from torch import Tensor
 
 from nanguard.errors import NanGuardError
-from nanguard.incident import Incident, Swap
+from nanguard.incident import Advice, Incident, Swap
 from nanguard.policy import Policy, load_policy, with_overrides
 from nanguard.session import Session
 
@@ -31,6 +31,7 @@ class NanGuard(Callback):
     Attributes:
         incidents: the `Incident` records so far, in order.
         swaps: the `Swap` records so far: unstable computations that were replaced.
+        advice: the `Advice` records so far: computations that were left as they are, but should be written otherwise.
         policy: the effective `Policy`.
 
     Raises:
@@ -53,6 +54,7 @@ class NanGuard(Callback):
         self.policy = with_overrides(policy, action=action, captures=captures, stabilize=stabilize)
         self.incidents: list[Incident] = []
         self.swaps: list[Swap] = []
+        self.advice: list[Advice] = []
         self.from_environment = False
         self._session: Session | None = None
         self._trainer: Any = None
@@ -79,7 +81,9 @@ class NanGuard(Callback):
             raise NanGuardError(
                 "the Trainer's callbacks hold more than one NanGuard; expected one. Remove the others, or merge their policies"
             )
-        self._session = Session(self.policy, trainer, pl_module, incidents=self.incidents, swaps=self.swaps)
+        self._session = Session(
+            self.policy, trainer, pl_module, incidents=self.incidents, swaps=self.swaps, advice=self.advice
+        )
         self._trainer, self._found, self._ordered = trainer, trainer.callbacks, _first(trainer.callbacks, self)
         trainer.callbacks = self._ordered
 

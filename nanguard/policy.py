@@ -32,10 +32,12 @@ class Stabilize(_Section):
     Attributes:
         enabled: whether unstable computations are replaced while they run.
         epsilon: ``keep`` preserves the value of ``log(p + eps)``; ``drop`` computes ``log p`` itself.
+        saturated: ``report`` tells where torch's own bounds on probabilities change a loss; ``repair`` leaves them out.
     """
 
     enabled: StrictBool = True
     epsilon: Literal["keep", "drop"] = "keep"
+    saturated: Literal["report", "repair"] = "report"
 
 
 class When(_Section):

@@ -15,7 +15,7 @@ from nanguard.archive import Circumstances
 from nanguard.diagnosis import MicroBatch, Rerun
 from nanguard.errors import NanGuardError, NanGuardWarning, NonFiniteError
 from nanguard.guard import Guard, Moment
-from nanguard.incident import Incident, Swap
+from nanguard.incident import Advice, Incident, Swap
 from nanguard.moving import MovingParameters
 from nanguard.patches import Patches
 from nanguard.peers import Peers
@@ -43,13 +43,21 @@ class Session:
         module: its LightningModule.
         incidents: filled while the run goes on.
         swaps: filled while the run goes on.
+        advice: filled while the run goes on.
 
     Raises:
         NanGuardError: where the strategy is one that a guard cannot work with.
     """
 
     def __init__(
-        self, policy: Policy, trainer: Any, module: Any, *, incidents: list[Incident], swaps: list[Swap]
+        self,
+        policy: Policy,
+        trainer: Any,
+        module: Any,
+        *,
+        incidents: list[Incident],
+        swaps: list[Swap],
+        advice: list[Advice],
     ) -> None:
         _refuse_engines(trainer)
         self._trainer = trainer
@@ -67,10 +75,10 @@ class Session:
         self._step_before = 0
         self._warned = False
         self._own_start = _is_users_hook(module, "on_train_batch_start")
-        self.guard = self._make_guard(incidents, swaps)
+        self.guard = self._make_guard(incidents, swaps, advice)
         self._wrap()
 
-    def _make_guard(self, incidents: list[Incident], swaps: list[Swap]) -> Guard:
+    def _make_guard(self, incidents: list[Incident], swaps: list[Swap], advice: list[Advice]) -> Guard:
         trainer, module = self._trainer, self._module
         participants = [lambda: save_results(trainer)]
         if not module.automatic_optimization:
@@ -89,6 +97,7 @@ class Session:
             circumstances=self._circumstances,
             incidents=incidents,
             swaps=swaps,
+            advice=advice,
         )
 
     # -- wrapping

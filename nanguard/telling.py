@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
-from nanguard.errors import NanGuardWarning
-from nanguard.incident import Incident, Swap
+from nanguard.errors import NanGuardWarning, NumericalAdvice
+from nanguard.incident import Advice, Incident, Swap
 
-__all__ = ["tell_incident", "tell_swap"]
+__all__ = ["tell_advice", "tell_incident", "tell_swap"]
 
 
 def tell_incident(incident: Incident) -> None:
@@ -24,3 +25,14 @@ def tell_swap(swap: Swap) -> None:
         f"Write instead: {swap.replacement}"
     )
     warnings.warn_explicit(message, NanGuardWarning, swap.file, swap.line)
+
+
+def tell_advice(advice: Advice, registry: dict[Any, Any] | None = None) -> None:
+    """A computation that should be written otherwise.
+
+    Arguments:
+        advice: what to tell.
+        registry: the ``__warningregistry__`` of the user's module, by which Python knows what it has told already.
+    """
+    message = f"{advice.rule}: `{advice.original}`: {advice.advice}"
+    warnings.warn_explicit(message, NumericalAdvice, advice.file, advice.line, registry=registry)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "overhead.py"
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+SCRIPT = FOLDER / "overhead.py"
 
 
 @pytest.mark.slow
@@ -20,3 +21,15 @@ def test_it_prints_a_table(form: list[str], tmp_path: Path) -> None:
     assert "torch" in done.stdout.splitlines()[0]
     for way in ("bare", "nanguard", "detect_anomaly", "Trainer, NanGuard"):
         assert any("mlp" in line and way in line for line in done.stdout.splitlines()), done.stdout
+
+
+@pytest.mark.slow
+def test_the_stabilizer_is_measured(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "stabilizer.py"), "--quick", "--sizes", "8x4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for title in ("Losses by hand", "One idle call", "An idle step", "Bars"):
+        assert f"**{title}**" in lines, done.stdout
+    for way in ("unguarded", "guarded", "built-in"):
+        assert any("8x4" in line and f"| {way} |" in line for line in lines), done.stdout

@@ -99,7 +99,7 @@ def test_errors_name_the_key_the_value_and_what_is_allowed(tmp_path, text, messa
         ("version: 2", ["version", "found 2"]),
         ("capture: {directory: a}\ncapture: {directory: b}", ["'capture'", "twice"]),
         ("stabilize: {enabled: maybe}", ["stabilize.enabled", "'maybe'"]),
-        ("stabilize: {saturated: repair}", ["stabilize.saturated", "not do that yet"]),
+        ("stabilize: {saturated: raise}", ["stabilize.saturated", "'raise'", "'report', 'repair'"]),
         ("accumulation: micro_batch", ["accumulation", "micro_batch", "use window"]),
         ("budget: {total: .nan}", ["budget.total"]),
         ("a: [", ["not valid YAML"]),

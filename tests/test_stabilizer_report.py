@@ -98,7 +98,7 @@ def test_the_replacement_names_the_users_tensors(text, code):
     x, y = batch()
     with nanguard.stabilize() as swaps:
         result = code(x, y)
-    assert [swap.replacement for swap in swaps] == [text]
+    assert [swap.replacement for swap in swaps if swap.rule.startswith("NG1")] == [text]
     space = {"x": x, "y": y, "index": ROWS, "math": __import__("math"), "torch": torch, "F": F}
     torch.testing.assert_close(eval(text, space), result)
 

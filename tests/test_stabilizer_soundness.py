@@ -45,7 +45,7 @@ def assert_untouched(run):
 
 
 EDITS = {
-    "p": lambda x, p: p.sub_(0.001),
+    "p": lambda x, p: p.sub_(torch.full_like(p, 0.001)),
     "leaf": lambda x, p: x.mul_(2),
     "view": lambda x, p: p[0].fill_(0.5),
     "data": lambda x, p: p.data.mul_(2),
@@ -135,27 +135,29 @@ class TestEdits:
         assert len(swaps) == 1
 
 
+def seeded():
+    torch.manual_seed(0)
+    return True
+
+
 TWINS = {
     "columns by the totals of rows": lambda x: x.exp() / x.exp().sum(1),
     "totals over another dim": lambda x: x.exp() / x.exp().sum(0, keepdim=True).T,
-    "totals of another tensor": lambda x: x.exp() / (2 * x).exp().sum(1, keepdim=True),
+    "log of columns by the totals of rows": lambda x: torch.log(x.exp() / x.exp().sum(1)),
     "positives that are no exponentials": lambda x: x.abs() / x.abs().sum(1, keepdim=True),
     "log of positives": lambda x: torch.log(x.abs() + 1),
-    "dropout": lambda x: torch.log(F.dropout(torch.softmax(x, 1), 0.0) + 0),
+    "dropout": lambda x: torch.log(F.dropout(torch.softmax(x, 1), 0.5, seeded())),
     "masked with zero": lambda x: torch.log(torch.softmax(x, 1).masked_fill(torch.eye(4).bool(), 0)),
     "times an unknown tensor": lambda x: torch.log(
         torch.softmax(x, 1) * torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
     ),
     "renormalised by an unknown": lambda x: torch.log(torch.softmax(x, 1) / torch.full((4, 1), 2.0)),
-    "one minus": lambda x: torch.log(1 - torch.softmax(x, 1)),
     "together with an unknown": lambda x: torch.log(torch.cat([torch.softmax(x, 1), x.abs()])),
-    "minus a constant": lambda x: torch.log(x.exp() - 0.01),
-    "plus a negative constant": lambda x: torch.log(x.exp() + -0.01),
     "times zero": lambda x: torch.log(torch.softmax(x, 1) * 0),
     "times a bool": lambda x: torch.log(torch.softmax(x, 1) * True),
     "scaled addition": lambda x: torch.log(torch.add(torch.softmax(x, 1), 1e-8, alpha=2)),
     "floored division": lambda x: torch.log(torch.div(x.exp(), 0.1, rounding_mode="floor")),
-    "clamped by a tensor": lambda x: torch.log(torch.softmax(x, 1).clamp(min=torch.tensor(0.1))),
+    "clamped by a tensor": lambda x: torch.log(torch.softmax(x, 1).clamp(min=torch.tensor([0.1]))),
     "read as other bits": lambda x: torch.log(torch.softmax(x, 1).detach().view(torch.int32).view(torch.float32)),
     "rounded to integers": lambda x: torch.log(x.exp().detach().long().float()),
     "written elsewhere": lambda x: torch.log(torch.softmax(x.detach(), 1), out=torch.empty(4, 4)),
@@ -286,7 +288,7 @@ class TestDerivatives:
         x, z = logits(), logits(seed=1)
         with nanguard.stabilize() as swaps:
             ratio = torch.log(torch.softmax(x, 1) / torch.softmax(z, 1).detach())
-        assert [swap.rule for swap in swaps] == ["NG108"]
+        assert [swap.rule for swap in swaps] == ["NG203", "NG108"]
         assert torch.autograd.grad(ratio.sum(), z, allow_unused=True, retain_graph=True) == (None,)
         assert torch.autograd.grad(ratio[:, 0].sum(), x)[0].abs().sum() > 0
 
@@ -463,7 +465,7 @@ FUNCTIONS = {
 class TestSurroundings:
     @pytest.mark.parametrize("reentrant", [True, False])
     @pytest.mark.parametrize("where", ["forward", "backward", "both"])
-    def test_checkpoints_are_left_alone(self, reentrant, where):
+    def test_checkpoints_are_recomputed_as_they_were_run(self, reentrant, where):
         expected = logits()
         checkpoint(loss_of, expected, use_reentrant=reentrant).backward()
         x, guard = logits(), nanguard.stabilize()
@@ -478,10 +480,10 @@ class TestSurroundings:
                     loss.backward()
             if where == "forward":
                 loss.backward()
-        assert swaps == []
-        assert torch.equal(x.grad, expected.grad)
+        assert [swap.count for swap in swaps] == ([] if where == "backward" else [1])
+        torch.testing.assert_close(x.grad, expected.grad)
 
-    def test_checkpoints_under_other_hooks_are_left_alone(self):
+    def test_checkpoints_under_other_hooks(self):
         def offloaded(x):
             with torch.autograd.graph.save_on_cpu():
                 return loss_of(x)
@@ -491,8 +493,8 @@ class TestSurroundings:
         with nanguard.stabilize() as swaps:
             loss = checkpoint(offloaded, x, use_reentrant=False)
         loss.backward()
-        assert swaps == []
-        assert torch.equal(x.grad, expected.grad)
+        assert len(swaps) == 1
+        torch.testing.assert_close(x.grad, expected.grad)
         with nanguard.stabilize() as swaps:
             offloaded(x)
         assert len(swaps) == 1

@@ -14,7 +14,7 @@ Each front end (eager code, compiled graphs, source) turns a call into a `Call`,
 """
 
 from nanguard.algebra.call import Call, Operand
-from nanguard.algebra.registry import Law, Names, Rule, laws, lookup, match, rules
+from nanguard.algebra.registry import Law, Names, Rule, laws, lookup, match, misuses, rules
 from nanguard.algebra.spelling import Spelling
 from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term, Unrecognised, untracked
 
@@ -34,6 +34,7 @@ __all__ = [
     "laws",
     "lookup",
     "match",
+    "misuses",
     "rules",
     "untracked",
 ]

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from nanguard.algebra.term import Leaf, Shape, Term, Unrecognised
+from nanguard.algebra.operators import FULL
+from nanguard.algebra.term import Apply, Leaf, Shape, Term, Unrecognised
 
 __all__ = ["Call", "Operand"]
 
@@ -22,12 +23,14 @@ class Operand:
         log: its logarithm, where that is known.
         trusted: whether a term may depend on it: a plain tensor that nothing edits unseen.
         real: whether it is of a real floating dtype.
+        constant: the number that all its elements are, where that is known.
     """
 
     leaf: Leaf
     log: Term | None = None
     trusted: bool = True
     real: bool = True
+    constant: float | None = None
 
 
 @final
@@ -63,11 +66,11 @@ class Call:
         raise Unrecognised
 
     def logs(self, name: str) -> tuple[Term, ...]:
-        """The logarithms of a list of operands. Raises `Unrecognised` where any of them is not known."""
+        """The logarithms of a list of operands, constants among them. Raises `Unrecognised` where none or one is not known."""
         value = self.arguments[name]
-        if isinstance(value, tuple) and all(isinstance(entry, Operand) and entry.log is not None for entry in value):
-            return tuple(entry.log for entry in value)
-        raise Unrecognised
+        if not isinstance(value, tuple) or not any(isinstance(entry, Operand) and entry.log for entry in value):
+            raise Unrecognised
+        return tuple(map(_log_or_constant, value))
 
     def leaf(self, name: str = "input") -> Leaf:
         """An operand itself. Raises `Unrecognised` for anything that may change unseen."""
@@ -83,14 +86,28 @@ class Call:
             return Leaf(value.leaf.value, value.leaf.shape, value.leaf.version, False)
         raise Unrecognised
 
+    def weight(self, name: str) -> Leaf:
+        """A tensor of either sign that nothing else is known about. Raises `Unrecognised` for anything else."""
+        value = self.arguments[name]
+        if not isinstance(value, Operand) or not value.trusted or value.log is not None:
+            raise Unrecognised
+        return value.leaf
+
     def known(self, name: str) -> bool:
         """Whether the logarithm of that argument is known."""
         value = self.arguments[name]
         return isinstance(value, Operand) and value.log is not None
 
-    def number(self, name: str) -> float:
-        """A finite Python number. Raises `Unrecognised` for tensors, bools and whatever else."""
+    def is_number(self, name: str) -> bool:
+        """Whether that argument is a number, or a tensor of one number only."""
         value = self.arguments[name]
+        return value.constant is not None if isinstance(value, Operand) else isinstance(value, (int, float))
+
+    def number(self, name: str) -> float:
+        """A finite number. Raises `Unrecognised` for tensors of several numbers, bools and whatever else."""
+        value = self.arguments[name]
+        if isinstance(value, Operand):
+            value = value.constant
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise Unrecognised
         return float(value)
@@ -118,6 +135,14 @@ class Call:
         """Raise `Unrecognised` unless these arguments were left out."""
         if any(self.arguments[name] is not None for name in names):
             raise Unrecognised
+
+
+def _log_or_constant(entry: Any) -> Term:
+    if isinstance(entry, Operand) and entry.log is not None:
+        return entry.log
+    if isinstance(entry, Operand) and entry.constant is not None and entry.constant >= 0:
+        return Apply(FULL, (), entry.leaf.shape, constant=entry.constant)
+    raise Unrecognised
 
 
 def normal_dim(dim: Any, rank: int) -> int:

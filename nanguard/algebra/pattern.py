@@ -2,66 +2,122 @@
 
 from __future__ import annotations
 
-from nanguard.algebra import build
+from nanguard.algebra import operators as ops
 from nanguard.algebra.term import Apply, Leaf, Operator, Term
 
-__all__ = ["core", "is_selection", "operators"]
+__all__ = [
+    "core",
+    "core_is",
+    "is_bare",
+    "is_disguised",
+    "is_over_probabilities",
+    "is_part",
+    "is_probability_or_total",
+    "is_selection",
+    "is_softmax_of_logits",
+    "is_softplus",
+    "is_sum",
+    "operators",
+]
 
-# What may stand around the computation that a rule names: constants, bounds, other shapes.
+# Epsilons are at most that large.
+LARGEST_EPSILON = 1e-3
+
+# What may stand around the computation that a rule names: constants, bounds, masks.
 _WRAPPERS = frozenset(
-    operator.name
-    for operator in (
-        build.SCALE,
-        build.SHIFT,
-        build.NEGATE,
-        build.CLAMP_MIN,
-        build.CLAMP_MAX,
-        build.FLOOR_ZERO,
-        build.RESHAPE,
-        build.EXPAND,
-    )
+    {ops.SHIFT, ops.CLAMP_MIN, ops.CLAMP_MAX, ops.FLOOR_ZERO, ops.MINUS, ops.XLOGY, ops.ENTR, ops.PADDED}
+    | {ops.AMAX, ops.AMIN, ops.EXTREME, ops.SORTED, ops.TOPK, ops.MAXIMUM, ops.MINIMUM}
 )
+_PICKS = frozenset(
+    {ops.INDEX, ops.GATHER, ops.TAKE_ALONG_DIM, ops.INDEX_SELECT, ops.MASKED_SELECT, ops.SELECT, ops.TAKE}
+)
+_SUMS = frozenset({ops.LOGSUMEXP, ops.LOGMEANEXP, ops.LOGADDEXP, ops.LOGCUMSUMEXP, ops.SCATTER_ADD, ops.LOGADDEXP_AT})
+_MASKS = frozenset({ops.WEIGH, ops.WEIGH_REST, ops.MASKED, ops.WHERE, ops.SET_ITEM, ops.FILLED_DIAGONAL})
 
-SELECTIONS = frozenset({"index", "gather", "take_along_dim", "index_select", "masked_select", "select"})
-# Of several that are put together, the first stands for all.
-MOVES = frozenset({"permute", "narrow", "diagonal", "cat", "stack"})
 
+def core(term: Term, *, through_scale: bool = True, through_negation: bool = True) -> Term:
+    """The computation inside constants, bounds, epsilons, selections and other shapes.
 
-def core(term: Term) -> Term:
-    """The computation inside constants, bounds, epsilons, selections and other shapes."""
-    while isinstance(term, Apply) and (_is_wrapper(term) or term.operator.name in SELECTIONS | MOVES):
+    Of several that are put together, the first stands for all.
+    """
+    through = {ops.SCALE: through_scale, ops.NEGATE: through_negation}
+    while isinstance(term, Apply) and (_is_wrapper(term) or through.get(term.operator, False)):
         term = term.args[0]
     return term
 
 
-def core_is(term: Term, *names: Operator) -> bool:
+def core_is(term: Term, *names: Operator, through_scale: bool = True, through_negation: bool = True) -> bool:
     """Whether the core is one of these operators."""
-    found = core(term)
+    found = core(term, through_scale=through_scale, through_negation=through_negation)
     return isinstance(found, Apply) and found.operator in names
 
 
 def is_selection(term: Term) -> bool:
     """Whether elements were picked anywhere between the core and the result."""
-    while isinstance(term, Apply) and (_is_wrapper(term) or term.operator.name in SELECTIONS | MOVES):
-        if term.operator.name in SELECTIONS:
+    while isinstance(term, Apply) and (_is_wrapper(term) or term.operator in (ops.SCALE, ops.NEGATE)):
+        if term.operator in _PICKS:
+            return True
+        term = term.args[0]
+    return False
+
+
+def is_part(term: Term) -> bool:
+    """Whether elements were left out."""
+    while isinstance(term, Apply) and (_is_wrapper(term) or term.operator in (ops.SCALE, ops.NEGATE)):
+        if term.operator in _PICKS or term.operator in (ops.NARROW, ops.DIAGONAL):
             return True
         term = term.args[0]
     return False
 
 
 def is_bare(term: Term) -> bool:
-    """Whether the core is a leaf: log exp(x)."""
-    return isinstance(core(term), Leaf)
+    """Whether the core is a leaf: log exp(x); a mask may lie on it."""
+    found = core(term)
+    while isinstance(found, Apply) and found.operator in _MASKS:
+        found = core(found.args[0])
+    return isinstance(found, Leaf)
+
+
+def is_disguised(term: Term) -> bool:
+    """Whether it is a softmax or a sigmoid that was masked or weighted element by element, or cut to its largest."""
+    if is_over_probabilities(term) and "topk" in operators(term):
+        return True
+    found = core(term)
+    if not isinstance(found, Apply) or found.operator not in _MASKS:
+        return False
+    return core_is(found.args[0], ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST) or is_disguised(found.args[0])
+
+
+def is_softmax_of_logits(term: Term) -> bool:
+    """Whether it is the softmax of a tensor itself, not of what was normalised before."""
+    return isinstance(term, Apply) and term.operator is ops.LOG_SOFTMAX and isinstance(term.args[0], Leaf)
+
+
+def is_sum(term: Term) -> bool:
+    """Whether it is a sum, a mean or a cumulated sum itself."""
+    return isinstance(term, Apply) and term.operator in _SUMS
 
 
 def is_probability_or_total(term: Term) -> bool:
     """Whether an epsilon on it guards a probability or a sum of exponentials, and not a mixture or a ratio."""
-    while isinstance(term, Apply):
-        if term.operator.name not in SELECTIONS | MOVES | {"reshape", "expand"}:
-            kinds = (build.LOG_SOFTMAX, build.LOG_SIGMOID, build.LOGSUMEXP, build.LOGMEANEXP, build.LOGADDEXP)
-            return term.operator in kinds
+    while isinstance(term, Apply) and (term.operator.move or _is_guard(term)):
         term = term.args[0]
-    return False
+    if not isinstance(term, Apply):
+        return False
+    if term.operator is ops.ADD:  # 1 - tanh^2 is a product of two sigmoids
+        return all(core_is(arg, ops.LOG_SIGMOID) for arg in term.args)
+    return is_sum(term) or term.operator in (ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST, ops.LOG_OTHERS)
+
+
+def _is_guard(term: Apply) -> bool:
+    if term.operator in (ops.PLUS_CONSTANT, ops.CLAMP_MIN):
+        return bool(term.params["constant"] <= LARGEST_EPSILON)
+    return term.operator is ops.CLAMP_MAX and bool(1 - LARGEST_EPSILON <= term.params["constant"] <= 1)
+
+
+def is_over_probabilities(term: Term) -> bool:
+    """Whether softmaxes or sigmoids went into it."""
+    return bool(operators(term) & {"log_softmax", "logsigmoid", "log_rest"})
 
 
 def operators(term: Term) -> set[str]:
@@ -72,10 +128,19 @@ def operators(term: Term) -> set[str]:
 
 
 def is_softplus(term: Term) -> bool:
-    """Whether it is log(1 + e^x)."""
-    return isinstance(term, Apply) and term.operator is build.PLUS_CONSTANT and term.params["constant"] == 1.0
+    """Whether it is log(1 + e^x); of a probability the logarithm is stable as it is."""
+    if not isinstance(term, Apply) or term.operator is not ops.PLUS_CONSTANT or term.params["constant"] != 1.0:
+        return False
+    inner = core(term.args[0])
+    while isinstance(inner, Apply) and inner.operator in _MASKS:
+        inner = core(inner.args[0])
+    share = isinstance(inner, Apply) and inner.operator is ops.SUBTRACT and is_sum(core(inner.args[1]))
+    return not share and not is_over_probabilities(inner)
 
 
 def _is_wrapper(term: Apply) -> bool:
-    small = term.operator is build.PLUS_CONSTANT and term.params["constant"] != 1.0
-    return small or term.operator.name in _WRAPPERS
+    if term.operator is ops.PLUS_CONSTANT:
+        return bool(term.params["constant"] != 1.0)
+    if term.operator is ops.WHERE:  # one of two known ones, not a mask
+        return not any(isinstance(arg, Apply) and arg.operator is ops.FULL for arg in term.args)
+    return term.operator.move or term.operator in _WRAPPERS

@@ -1,7 +1,8 @@
 """Where laws, queries and rules are declared and found. No torch in here.
 
-A *law* says what is known about the logarithm of a result; a *query* is an operation that asks for a logarithm; a *rule* names
-and documents a pattern that is replaced. All three are declared in a file of their family, one short function each.
+A *law* says what is known about the logarithm of a result; a *query* is an operation that asks for a logarithm; a *misuse* is a
+call that expects something else than what is known of its argument; a *rule* names and documents a pattern that is replaced, or
+told. All of them are declared in a file of their family, one short function each.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, final
+from typing import Any, Literal, Protocol, final
 
 from nanguard.algebra.call import Call
 from nanguard.algebra.spelling import Spelling, spellings
 from nanguard.algebra.term import Leaf, Term
 
-__all__ = ["Law", "Names", "Rule", "laws", "lookup", "match", "rules"]
+__all__ = ["Law", "Names", "Rule", "laws", "lookup", "match", "misuses", "rules"]
 
-Kind = Literal["logarithm", "quotient"]
+Kind = Literal["logarithm", "quotient", "advice", "branch"]
+Branch = Literal["", "singular", "follows", "selects"]
 
 
 class Names(Protocol):
@@ -32,6 +34,10 @@ class Names(Protocol):
         """Whether an index is 0, 1, ..., length - 1."""
 
 
+def _always(args: tuple[Any, ...]) -> bool:
+    return True
+
+
 @final
 @dataclass(frozen=True)
 class Law:
@@ -41,29 +47,38 @@ class Law:
         name: canonical name of the operation.
         spellings: where it is found.
         derive: the term of the result's logarithm (for a query: of the result itself).
-        role: ``source`` creates knowledge from any tensor, ``step`` carries it on, ``query`` asks for it.
+        role: ``source`` creates knowledge from any tensor, ``step`` carries it on, ``query`` asks for it, ``misuse`` is only
+            looked at.
         quotient: whether the result itself may overflow although it is known, and is then replaced too.
+        begins: for a source, whether a call with these arguments is one.
+        advice: for a misuse, the code of its rule.
+        branch: ``singular`` where a derivative may be infinite although the element is not selected later, ``follows`` where
+            one is carried on, ``selects`` where it comes to light.
     """
 
     name: str
     spellings: tuple[Spelling, ...]
     derive: Callable[[Call], Term]
-    role: Literal["source", "step", "query"]
+    role: Literal["source", "step", "query", "misuse"]
     quotient: bool = False
+    begins: Callable[[tuple[Any, ...]], bool] = _always
+    advice: str = ""
+    branch: Branch = ""
 
 
 @final
 @dataclass(frozen=True)
 class Rule:
-    """A pattern that is replaced by its stable form.
+    """A pattern that is replaced by its stable form, or told.
 
     Attributes:
-        code: such as ``NG101``. NG1xx are logarithms, NG2xx quotients.
+        code: such as ``NG101``. NG1xx are logarithms, NG2xx quotients, NG3xx advice, NG4xx branches.
         name: the field's term for it.
         documentation: under the headings What it does, Why is this bad, Example, Use instead, Fix safety, References.
-        kind: what is replaced.
+        kind: what is replaced; ``advice`` is told, and replaced only where the user asks for it.
         matches: whether a term is an instance of it.
         suggest: the expression to write instead, where that is more than the term written out.
+        advice: what is told, in a sentence or two, with fields in braces.
     """
 
     code: str
@@ -72,14 +87,21 @@ class Rule:
     kind: Kind
     matches: Callable[[Term], bool]
     suggest: Callable[[Term, Names], str | None]
+    advice: str = ""
 
 
 _LAWS: dict[str, Law] = {}
+_MISUSES: dict[str, Law] = {}
 _RULES: dict[str, Rule] = {}
 
 
 def law(
-    spelled: str, *, source: bool = False, query: bool = False, quotient: bool = False
+    spelled: str,
+    *,
+    source: bool | Callable[[tuple[Any, ...]], bool] = False,
+    query: bool = False,
+    quotient: bool = False,
+    branch: Branch = "",
 ) -> Callable[[Callable[[Call], Term]], Law]:
     """Declare a law (or a query) under the name of the function, with one spelling per line of `spelled`."""
 
@@ -87,9 +109,23 @@ def law(
         name = derive.__name__.strip("_")
         if name in _LAWS:
             raise ValueError(f"law {name!r} is declared twice")
-        role: Literal["source", "step", "query"] = "query" if query else "source" if source else "step"
-        _LAWS[name] = Law(name, spellings(spelled), derive, role, quotient)
+        role: Literal["source", "step", "query", "misuse"] = "query" if query else "source" if source else "step"
+        begins = source if callable(source) else _always
+        _LAWS[name] = Law(name, spellings(spelled), derive, role, quotient, begins, branch=branch)
         return _LAWS[name]
+
+    return declare
+
+
+def misuse(code: str, spelled: str) -> Callable[[Callable[[Call], Term]], Law]:
+    """Declare what calls the rule with that code looks at: the function gives the term in question."""
+
+    def declare(derive: Callable[[Call], Term]) -> Law:
+        name = derive.__name__
+        if name in _MISUSES:
+            raise ValueError(f"misuse {name!r} is declared twice")
+        _MISUSES[name] = Law(name, spellings(spelled), derive, "misuse", advice=code)
+        return _MISUSES[name]
 
     return declare
 
@@ -99,6 +135,7 @@ def rule(
     name: str,
     kind: Kind = "logarithm",
     suggest: Callable[[Term, Names], str | None] = lambda term, names: None,
+    advice: str = "",
 ) -> Callable[[Callable[[Term], bool]], Rule]:
     """Declare a rule; the function says whether a term is an instance, its docstring is the documentation."""
 
@@ -106,7 +143,7 @@ def rule(
         if code in _RULES or any(known.name == name for known in _RULES.values()):
             raise ValueError(f"rule {code} ({name}) is declared twice")
         text = matches.__doc__ or ""
-        _RULES[code] = Rule(code, name, _dedent(text), kind, matches, suggest)
+        _RULES[code] = Rule(code, name, _dedent(text), kind, matches, suggest, advice)
         return _RULES[code]
 
     return declare
@@ -116,6 +153,12 @@ def laws() -> tuple[Law, ...]:
     """All laws and queries of all families."""
     _load()
     return tuple(_LAWS.values())
+
+
+def misuses() -> tuple[Law, ...]:
+    """All calls that are only looked at."""
+    _load()
+    return tuple(_MISUSES.values())
 
 
 def rules() -> tuple[Rule, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanguard.algebra.build import NEGATE
+from nanguard.algebra.operators import NEGATE
 from nanguard.algebra.registry import Names, Rule
 from nanguard.algebra.term import Leaf, Term
 

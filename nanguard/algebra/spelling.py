@@ -21,6 +21,9 @@ ALIASES = {
     "x2": "other",
 }
 
+_OPERATORS = "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift"
+_IN_PLACE = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS.split())})
+
 _REQUIRED = object()
 
 
@@ -54,7 +57,16 @@ class Spelling:
     def in_place(self) -> bool:
         """Whether it writes its result into its first argument."""
         name = self.path.rpartition(".")[2]
-        return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+        return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+    def asks_to_edit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call says `inplace`."""
+        place = self._inplace
+        return place >= 0 and bool(args[place] if place < len(args) else kwargs.get("inplace"))
+
+    @functools.cached_property
+    def _inplace(self) -> int:
+        return next((place for place, known in enumerate(self.parameters) if known.name == "inplace"), -1)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """Arguments by canonical name with defaults filled in, or `None` where the call does not fit the signature."""

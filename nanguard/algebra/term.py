@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, ValuesView
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final
 
 __all__ = ["Apply", "Leaf", "Operator", "Shape", "Term", "Unrecognised", "map_leaves", "untracked"]
 
@@ -22,10 +22,13 @@ class Operator:
 
     Attributes:
         name: the field's name for it.
-        function: dotted name of the function that computes it from its arguments and, by keyword, its parameters.
+        function: dotted name of the function that computes it from its arguments and, by keyword, its parameters; empty for
+            numbers of either sign, which are computed otherwise.
         source: how to write it: ``{0}`` is the first argument, ``{dim}`` a parameter.
         fresh: whether its result is memory of its own that no derivative has saved.
         infix: whether `source` needs parentheses inside another expression.
+        move: whether it only moves, picks or repeats elements, and so applies to any tensor, not to logarithms alone.
+        sign: whether the number that it stands for may be negative.
     """
 
     name: str
@@ -33,6 +36,12 @@ class Operator:
     source: str
     fresh: bool = True
     infix: bool = False
+    move: bool = False
+    sign: Literal["any", "positive", "as arguments"] = "as arguments"
+
+
+def _never() -> bool:
+    return False
 
 
 @final
@@ -45,14 +54,17 @@ class Leaf:
         shape: its shape.
         version: its version counter at that time, so that later edits show.
         tracked: whether derivatives flow into it from here.
+        counts: tells whether it is known to hold 0, 1, 2, ...
     """
 
     value: Any
     shape: Shape
     version: int = 0
     tracked: bool = True
+    counts: Callable[[], bool] = _never
 
     size = 1
+    signed = False
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -79,9 +91,10 @@ class Apply:
         shape: the shape of the result.
         size: number of nodes, counted as a tree.
         leaves: all tensors that the value depends on, index tensors included.
+        signed: whether the number that the term stands for may be negative; it is computed as a factor times an exponential.
     """
 
-    __slots__ = ("args", "leaves", "operator", "params", "shape", "size")
+    __slots__ = ("args", "leaves", "operator", "params", "shape", "signed", "size")
 
     def __init__(self, operator: Operator, args: tuple[Term, ...], shape: Shape, **params: Any) -> None:
         self.operator = operator
@@ -91,6 +104,8 @@ class Apply:
         self.size: int = 1 + sum(arg.size for arg in args)
         own = tuple(_parameter_leaves(params.values())) if params else ()
         self.leaves: tuple[Leaf, ...] = sum((arg.leaves for arg in args), own)
+        inherited = operator.sign == "as arguments" and any(arg.signed for arg in args)
+        self.signed: bool = operator.sign == "any" or inherited
 
     def __eq__(self, other: object) -> bool:
         if self is other:

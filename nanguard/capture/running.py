@@ -133,7 +133,8 @@ def numerics(capture: Capture, device: torch.device, stabilize: bool | None) -> 
         if recorded.get("enabled") if stabilize is None else stabilize:
             from nanguard.stabilizer import stabilize as stabilizer
 
-            stack.enter_context(stabilizer(epsilon=recorded.get("epsilon", "keep")))
+            epsilon, saturated = recorded.get("epsilon", "keep"), recorded.get("saturated", "report")
+            stack.enter_context(stabilizer(epsilon, saturated=saturated, advice=[]))  # told when it was captured
         yield
 
 

@@ -82,8 +82,11 @@ def _is_scale(value: Any) -> bool:
 
 
 def _is_stabilize(value: Any) -> bool:
+    choices = {"epsilon": ("keep", "drop"), "saturated": ("report", "repair")}
     return (
-        isinstance(value, dict) and isinstance(value.get("enabled"), bool) and isinstance(value.get("epsilon", ""), str)
+        isinstance(value, dict)
+        and isinstance(value.get("enabled"), bool)
+        and all(value.get(name, allowed[0]) in allowed for name, allowed in choices.items())
     )
 
 
@@ -125,7 +128,7 @@ _SECTIONS: dict[str, dict[str, tuple[str, Check]]] = {
         "scale": ("a finite number above 0", _is_scale),
         "loss": ("a number in quotes, or null", _or_null(_is_number_text)),
         "precision": ("an object of texts, or null", _or_null(_is_texts)),
-        "stabilize": ("an object with enabled and epsilon", _is_stabilize),
+        "stabilize": ("an object with enabled, epsilon and saturated", _is_stabilize),
         "trainer": _NAMED,
     },
     "args": {"items": ("a list", _is_list)},

@@ -55,7 +55,7 @@ class StepSnapshot:
             code: a replay leaves them as the code has them. `None`: all are replayed.
         optimizers: the optimizers, in the order of `configure_optimizers`.
         precision: ``{"autocast_device": "cuda", "autocast_dtype": "bfloat16"}``, optionally with ``default_dtype``, or `None`.
-        stabilize: ``{"enabled": bool, "epsilon": str}``.
+        stabilize: ``{"enabled": bool, "epsilon": str, "saturated": str}``.
         scale: the loss scale.
         accumulate: what the loss is divided by before the backward pass.
         hparams: hyperparameters; `None` takes those of ``module.hparams``.

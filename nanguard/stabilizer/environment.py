@@ -1,16 +1,11 @@
-"""What surrounds a call: tracers, checkpoints, transforms and autocast."""
+"""What surrounds a call: tracers, transforms and autocast."""
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
-from torch.utils import checkpoint
 
-__all__ = ["in_checkpoint", "in_transform", "is_tracing", "result_dtype"]
-
-_CHECKPOINT_FILE = checkpoint.__file__
+__all__ = ["in_transform", "is_tracing", "result_dtype"]
 
 
 def is_tracing() -> bool:
@@ -26,22 +21,8 @@ def in_transform() -> bool:
     What `requires_grad` says about a tensor there does not tell whether derivatives flow through it.
     """
     level: int = torch.autograd.forward_ad._current_level
-    return level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def in_checkpoint() -> bool:
-    """Whether the call runs inside a checkpointed region, or in a backward pass, which recomputes such regions.
-
-    The forward and its recomputation must save the same tensors, but the backward pass may run outside the block.
-    """
-    if torch._C._current_graph_task_id() != -1:
-        return True
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None:
-        # Other hooks may lie on top of those of a checkpoint.
-        return getattr(hooks[0], "__module__", "") == checkpoint.__name__ or _frame_of_checkpoint()
-    # A reentrant checkpoint runs its forward without grad, and leaves no other trace than its frame.
-    return not torch.is_grad_enabled() and _frame_of_checkpoint()
+    differentiating = level >= 0 and torch._C._is_fwd_grad_enabled()
+    return differentiating or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def result_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -60,12 +41,3 @@ def _proxies() -> bool:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return get_proxy_mode() is not None
-
-
-def _frame_of_checkpoint() -> bool:
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename == _CHECKPOINT_FILE:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

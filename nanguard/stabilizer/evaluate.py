@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from nanguard.algebra import Leaf, Term
-from nanguard.algebra.build import LOG_SOFTMAX, SOFTMAX
+from nanguard.algebra import Apply, Leaf, Term
+from nanguard.algebra import operators as ops
+from nanguard.algebra.pattern import core, is_sum
+from nanguard.stabilizer import scaled
 from nanguard.stabilizer.resolve import function
+from nanguard.stabilizer.scaled import Scaled
 
-__all__ = ["compute_dtype", "evaluate"]
+__all__ = ["compute_dtype", "evaluate", "is_fresh", "values"]
 
 
 def compute_dtype(term: Term, result: torch.dtype) -> torch.dtype:
@@ -30,19 +34,127 @@ def evaluate(term: Term, dtype: torch.dtype, *, private: bool = False) -> Tensor
         private: whether leaves are copied before they are used, so that no derivative saves the user's own tensor, which he may
             go on to edit. Derivatives of softmaxes save their output, so their argument needs none.
     """
-    if isinstance(term, Leaf):
-        value: Tensor = term.value if term.tracked else term.value.detach()
-        return value.to(dtype, copy=private)
-    saves_input = term.operator not in (LOG_SOFTMAX, SOFTMAX)
-    args = [evaluate(arg, dtype, private=saves_input) for arg in term.args]
-    params = {name: _value(value) for name, value in term.params.items()}
-    result: Tensor = function(term.operator.function)(*args, **params)
-    return result
+    return _Evaluation(dtype, term.leaves[0].value.device, private).log(term)
 
 
 def is_fresh(term: Term) -> bool:
     """Whether the value, if private, is memory of its own that no derivative has saved."""
     return isinstance(term, Leaf) or term.operator.fresh
+
+
+# How a number of either sign is computed: from the numbers that it is made of, and from the parameters.
+_SCALED: dict[str, Callable[..., Scaled]] = {
+    "add": scaled.product,
+    "subtract": scaled.quotient,
+    "negate": lambda a: scaled.quotient(Scaled(torch.zeros_like(a.log)), a),
+    "shift": lambda a, other: Scaled(a.log + other, a.factor),
+    "power": scaled.power,
+    "minus": scaled.negative,
+    "difference": scaled.difference,
+    "expm1": lambda a: scaled.difference(a, Scaled(torch.zeros_like(a.log))),
+    "logsumexp": scaled.total,
+    "logmeanexp": lambda a, dim, keepdim, count: scaled.quotient(
+        scaled.total(a, dim, keepdim), Scaled(a.log.new_full((), count).log())
+    ),
+    "logcumsumexp": scaled.running_total,
+    "logaddexp": scaled.added,
+    "plus_constant": lambda a, constant: scaled.added(a, Scaled(a.log.new_full((), constant).log())),
+}
+# The same, of what is no logarithm.
+_OF_VALUES: dict[str, Callable[..., Scaled]] = {
+    "between_sigmoids": scaled.between_sigmoids,
+    "tanh": lambda x: Scaled(torch.zeros_like(x), torch.tanh(x)),
+    "log_product": lambda x, dim, keepdim: Scaled(_log_abs(x).sum(dim, keepdim=keepdim), _sign(x, dim, keepdim)),
+}
+
+
+@final
+class _Evaluation:
+    """One evaluation; terms that occur several times are computed once."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, private: bool) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._private = private
+        self._known: dict[Any, Any] = {}
+
+    def log(self, term: Term, private: bool | None = None) -> Tensor:
+        """The logarithm of the number that a term stands for: for a leaf, the tensor itself."""
+        private = self._private if private is None else private
+        key = (id(term), private)
+        if key not in self._known:
+            self._known[key] = self._compute(term, private)
+        value: Tensor = self._known[key]
+        return value
+
+    def _compute(self, term: Term, private: bool) -> Tensor:
+        if isinstance(term, Leaf):
+            value: Tensor = term.value if term.tracked else term.value.detach()
+            return value.to(self._dtype, copy=private)
+        if _by_factor(term):
+            return scaled.logarithm(self.scaled(term))
+        if term.operator is ops.FULL:
+            number = torch.full((), term.params["constant"], dtype=self._dtype, device=self._device)
+            return number.log().expand(term.shape)
+        if term.operator is ops.EXPONENTIAL:
+            inner = term.args[0]
+            by_factor = isinstance(inner, Apply) and (inner.signed or _by_factor(inner))
+            return scaled.number(self.scaled(inner)) if by_factor else torch.exp(self.log(inner))
+        saves_input = self._private and term.operator not in (ops.LOG_SOFTMAX, ops.SOFTMAX)
+        if term.operator.sign == "positive" and term.args[0].signed:
+            args = [scaled.logarithm(self.scaled(term.args[0]), floor=True)]
+        else:
+            args = [self.log(arg, saves_input) for arg in term.args]
+        result: Tensor = function(term.operator.function)(*args, **values(term.params))
+        return result
+
+    def scaled(self, term: Term) -> Scaled:
+        """The number that a term stands for."""
+        key = id(term)
+        if key not in self._known:
+            self._known[key] = self._compute_scaled(term)
+        value: Scaled = self._known[key]
+        return value
+
+    def _compute_scaled(self, term: Term) -> Scaled:
+        if isinstance(term, Leaf):
+            return Scaled(self.log(term))
+        params = values(term.params)
+        if term.operator.move:
+            move = functools.partial(function(term.operator.function), **params)
+            return scaled.moved(move, [self.scaled(arg) for arg in term.args])
+        if term.operator in (ops.WEIGH, ops.WEIGH_REST):
+            weight = self.log(term.args[1])
+            return scaled.weighed(self.scaled(term.args[0]), weight if term.operator is ops.WEIGH else 1 - weight)
+        if term.operator.name in _OF_VALUES:
+            return _OF_VALUES[term.operator.name](*map(self.log, term.args), **params)
+        if term.operator.name in _SCALED and (term.signed or term.operator is not ops.LOGCUMSUMEXP):
+            return _SCALED[term.operator.name](*map(self.scaled, term.args), **params)
+        return Scaled(self.log(term))
+
+
+def _by_factor(term: Apply) -> bool:
+    """Whether a number has to be computed as a factor times an exponential, or is better so: shares of a total of others."""
+    if not term.operator.function:
+        return True
+    if term.operator is ops.SUBTRACT:
+        return term.signed or any(is_sum(core(arg)) for arg in term.args)
+    return term.signed and (term.operator.move or term.operator.name in _SCALED)
+
+
+def _log_abs(x: Tensor) -> Tensor:
+    zero = x.detach() == 0
+    return x.abs().masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
+
+
+def _sign(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
+    odd = (x.detach() < 0).sum(dim, keepdim=keepdim) % 2
+    return (1 - 2 * odd).to(x.dtype)
+
+
+def values(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of an operator, with tensors in the place of leaves."""
+    return {name: _value(value) for name, value in params.items()}
 
 
 def _value(value: Any) -> Any:

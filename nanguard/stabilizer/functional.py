@@ -13,18 +13,34 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "binary_cross_entropy",
     "cat",
     "clamp_max",
     "clamp_min",
+    "entr",
+    "extreme",
+    "fill_diagonal",
     "floor_zero",
     "index",
+    "index_logaddexp",
+    "log_others",
+    "log_rest",
+    "log_tail",
     "logaddexp",
+    "logcumsumexp",
     "logmeanexp",
     "logsumexp",
+    "pad",
     "plus_constant",
     "reshape",
+    "scatter_logaddexp",
+    "set_item",
     "sigmoid",
+    "sort",
     "stack",
+    "topk",
+    "where",
+    "xlogy",
 ]
 
 
@@ -40,7 +56,9 @@ def logsumexp(l: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:
 
 def logmeanexp(l: Tensor, dim: tuple[int, ...], keepdim: bool = False, *, count: int) -> Tensor:  # noqa: E741
     """The logarithm of mean exp(l) over `dim`, which have `count` elements in all; otherwise as `logsumexp`."""
-    return logsumexp(l, dim, keepdim) - math.log(count)
+    # In compiled code the size may be a symbol, whose value must not be asked for.
+    size = math.log(count) if isinstance(count, int) else l.new_full((), count).log()
+    return logsumexp(l, dim, keepdim) - size
 
 
 def logaddexp(l: Tensor, m: Tensor) -> Tensor:  # noqa: E741
@@ -57,6 +75,120 @@ def logaddexp(l: Tensor, m: Tensor) -> Tensor:  # noqa: E741
 def plus_constant(l: Tensor, constant: float) -> Tensor:  # noqa: E741
     """The logarithm of exp(l) + constant for a constant above 0."""
     return logaddexp(l, l.new_full((), math.log(constant)))
+
+
+def logcumsumexp(l: Tensor, dim: int) -> Tensor:  # noqa: E741
+    """The logarithm of the cumulated sum of exp(l) along `dim`; derivative 0 where that is -inf."""
+    largest = l.detach().cummax(dim).values
+    dead = largest == -math.inf
+    return torch.logcumsumexp(l.masked_fill(dead, -1e30), dim).masked_fill(dead, -math.inf)
+
+
+def log_others(l: Tensor, dim: int) -> Tensor:  # noqa: E741
+    """For each element, the logarithm of the sum of exp(l) over all others along `dim`."""
+    shift = _largest(l, dim)
+    total, rest = _with_and_without(l - shift, dim)
+    return rest + total + shift
+
+
+def log_rest(l: Tensor, dim: int) -> Tensor:  # noqa: E741
+    """log(1 - softmax(l)) with all its digits, also where the softmax rounds to 1."""
+    return _with_and_without(l - _largest(l, dim), dim)[1]
+
+
+def _largest(l: Tensor, dim: int) -> Tensor:  # noqa: E741
+    shift = l.detach().amax(dim, keepdim=True)
+    return shift.masked_fill(shift.isinf(), 0.0)
+
+
+def _with_and_without(l: Tensor, dim: int) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """The logarithms of the total of exp(l), and of the share of it that is not one's own.
+
+    For the largest the others are summed; every other has a share of at most 1/2, so that 1 minus it has all its digits.
+    """
+    first = torch.zeros_like(l, dtype=torch.bool).scatter(dim, l.detach().argmax(dim, keepdim=True), True)
+    total = logsumexp(l, (dim,), keepdim=True)
+    others = logsumexp(l.masked_fill(first, -math.inf), (dim,), keepdim=True)
+    finite = total.masked_fill(total.detach() == -math.inf, 0.0)
+    share = torch.exp((l - finite).masked_fill(first, -math.inf))
+    return total, torch.where(first, others - finite, torch.log1p(-share))
+
+
+def scatter_logaddexp(l: Tensor, m: Tensor, dim: int, index: Tensor) -> Tensor:  # noqa: E741
+    """The logarithm of exp(l) after exp(m) was added to it at the places of `index` along `dim`."""
+    top = l.detach().scatter_reduce(dim, index, m.detach(), "amax")
+    top = top.masked_fill(top.isinf(), 0.0)
+    total = torch.exp(l - top).scatter_add(dim, index, torch.exp(m - top.gather(dim, index)))
+    dead = total.detach() == 0
+    return top + total.masked_fill(dead, 1.0).log().masked_fill(dead, -math.inf)
+
+
+def xlogy(l: Tensor, x: Tensor) -> Tensor:  # noqa: E741
+    """X l, but 0 where x is 0."""
+    return torch.where(x == 0, 0.0, x * l.masked_fill((x.detach() == 0) & l.detach().isinf(), 0.0))
+
+
+def entr(l: Tensor) -> Tensor:  # noqa: E741
+    """-exp(l) l, and 0 with derivative 0 where l is -inf."""
+    finite = l.masked_fill(l.detach() == -math.inf, 0.0)
+    return (-torch.exp(finite) * finite).masked_fill(l.detach() == -math.inf, 0.0)
+
+
+def binary_cross_entropy(l: Tensor, m: Tensor, y: Tensor) -> Tensor:  # noqa: E741
+    """-(y l + (1 - y) m), given the logarithms of p and of 1 - p. That of 0 is -100 as in torch, so that 0 times it is 0."""
+    l, m = (floor_zero(value, math.exp(-100.0)) for value in (l, m))  # noqa: E741
+    return -(y * l + (1 - y) * m)
+
+
+def where(l: Tensor, m: Tensor, condition: Tensor) -> Tensor:  # noqa: E741
+    """`l` where the condition holds, else `m`."""
+    return torch.where(condition, l, m)
+
+
+def extreme(l: Tensor, dim: int, keepdim: bool, largest: bool) -> Tensor:  # noqa: E741
+    """The largest, or the smallest, along `dim`."""
+    return (l.max(dim, keepdim) if largest else l.min(dim, keepdim)).values
+
+
+def sort(l: Tensor, dim: int, descending: bool, stable: bool) -> Tensor:  # noqa: E741
+    """In order along `dim`."""
+    return torch.sort(l, dim=dim, descending=descending, stable=stable).values
+
+
+def topk(l: Tensor, k: int, dim: int, largest: bool) -> Tensor:  # noqa: E741
+    """The k largest, or smallest, along `dim`, in order."""
+    return torch.topk(l, k, dim, largest).values
+
+
+def pad(l: Tensor, pad: tuple[int, ...], value: float) -> Tensor:  # noqa: E741
+    """With `value` around it."""
+    return torch.nn.functional.pad(l, pad, value=value)
+
+
+def set_item(l: Tensor, key: Any, value: float) -> Tensor:  # noqa: E741
+    """With `value` at the places of `key`."""
+    result = l.clone()
+    result[key] = value
+    return result
+
+
+def fill_diagonal(l: Tensor, value: float, wrap: bool) -> Tensor:  # noqa: E741
+    """With `value` on the diagonal."""
+    return l.clone().fill_diagonal_(value, wrap)
+
+
+def index_logaddexp(l: Tensor, m: Tensor, dim: int, index: Tensor) -> Tensor:  # noqa: E741
+    """The logarithm of exp(l) after the slices of exp(m) were added to those at `index` along `dim`."""
+    shape = [-1 if place == dim else 1 for place in range(m.ndim)]
+    return scatter_logaddexp(l, m, dim, index.view(shape).expand_as(m))
+
+
+def log_tail(l: Tensor, dim: int) -> Tensor:  # noqa: E741
+    """log(1 - cumsum(softmax(l))): the share of all that follow."""
+    length = l.shape[dim]
+    tails = logcumsumexp(torch.log_softmax(l, dim).flip(dim), dim).flip(dim)
+    last = torch.full_like(tails.narrow(dim, 0, 1), -math.inf)
+    return torch.cat([tails.narrow(dim, 1, length - 1), last], dim)
 
 
 def sigmoid(x: Tensor) -> Tensor:

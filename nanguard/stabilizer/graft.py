@@ -13,8 +13,11 @@ __all__ = ["graft", "graft_in_place"]
 Derivative = Callable[[Tensor], Tensor]
 
 
+_MANY = 1 << 16
+
+
 def graft(
-    naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, slope: Derivative, plain: Derivative
+    naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, slope: Derivative | None, plain: Derivative
 ) -> Tensor:
     """`stable` as a function of the naive tensor that the user's code computed it from.
 
@@ -23,7 +26,7 @@ def graft(
         stable: the value that takes the place of f(naive), of the same shape.
         dtype: of the result.
         fresh: whether `stable` is memory of its own.
-        slope: the derivative f' at `naive`.
+        slope: the derivative f' at `naive`; `None` where f is the identity.
         plain: f itself; it stands where the stable value is NaN, as where a logit is +inf.
 
     The result is memory of its own, laid out as elementwise functions of `naive` are. Derivatives flow through `stable`, and
@@ -36,7 +39,7 @@ def graft(
     return result
 
 
-def graft_in_place(naive: Tensor, stable: Tensor, slope: Derivative) -> Tensor:
+def graft_in_place(naive: Tensor, stable: Tensor, slope: Derivative | None) -> Tensor:
     """Like `graft`, but written into `naive`, which must be no view where derivatives are recorded."""
     if not (torch.is_grad_enabled() and stable.requires_grad):
         return naive.copy_(stable)
@@ -46,7 +49,9 @@ def graft_in_place(naive: Tensor, stable: Tensor, slope: Derivative) -> Tensor:
 
 def _laid_out(naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, plain: Derivative) -> Tensor:
     result = torch.empty_like(naive, dtype=dtype, requires_grad=False)
-    if fresh and stable.dtype == dtype and stable.stride() == result.stride():
+    if _is_watched():
+        result = _with_strides_of(result, stable.to(dtype, copy=True))
+    elif fresh and stable.dtype == dtype and stable.stride() == result.stride():
         result = stable
     else:
         result.copy_(stable)
@@ -54,17 +59,43 @@ def _laid_out(naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, pl
 
 
 def _without_new_nan(result: Tensor, naive: Tensor, plain: Derivative) -> Tensor:
+    if result.device.type == "cpu" and result.numel() > _MANY and not result.detach().sum().isnan():
+        return result  # one pass, and no memory
     nan = torch.isnan(result)
     if result.device.type == "cpu" and not bool(nan.any()):  # elsewhere the question would wait for the device
         return result
     with torch._C.DisableTorchFunction():
-        return result.copy_(torch.where(nan, plain(naive).to(result.dtype), result))
+        repaired = torch.where(nan, plain(naive).to(result.dtype), result)
+        return repaired if _is_watched() else result.copy_(repaired)
 
 
-def _split(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _is_watched() -> bool:
+    """Whether a selective checkpoint may have kept what operations returned, for its recomputation: it must not be edited."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _with_strides_of(template: Tensor, tensor: Tensor) -> Tensor:
+    order = sorted(range(template.ndim), key=template.stride, reverse=True)
+    dense = tensor.permute(order).contiguous()
+    return dense.permute([order.index(dim) for dim in range(template.ndim)])
+
+
+def _prepare(ctx: Any, naive: Tensor, node: Any, slope: Derivative | None) -> None:
+    ctx.node, ctx.slope = node, slope
+    # What nobody asks about stays undefined: as zeros it would be multiplied by infinities further down.
+    ctx.set_materialize_grads(False)
+    if slope is not None:
+        ctx.save_for_backward(naive)
+
+
+def _split(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if grad is None:
+        return None, None
     # The engine is asked, not ctx.needs_input_grad, which says what was recorded, not what this backward pass is after.
     if torch._C._will_engine_execute_node(ctx.node):
         return None, grad
+    if ctx.slope is None:
+        return grad, None
     (naive,) = ctx.saved_tensors
     with torch._C.DisableTorchFunction():
         return grad * ctx.slope(naive), None
@@ -80,11 +111,10 @@ class _Graft(torch.autograd.Function):
         node: Any,
         dtype: torch.dtype,
         fresh: bool,
-        slope: Derivative,
+        slope: Derivative | None,
         plain: Derivative,
     ) -> Tensor:
-        ctx.node, ctx.slope = node, slope
-        ctx.save_for_backward(naive)
+        _prepare(ctx, naive, node, slope)
         result = _laid_out(naive, stable, dtype, fresh, plain)
         if result is stable:
             # Handed on as it is, it would count as a view, which could not be edited in place.
@@ -92,19 +122,18 @@ class _Graft(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         return (*_split(ctx, grad), None, None, None, None, None)
 
 
 @final
 class _GraftInPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, naive: Tensor, stable: Tensor, node: Any, slope: Derivative) -> Tensor:
-        ctx.node, ctx.slope = node, slope
-        ctx.save_for_backward(naive.clone())
+    def forward(ctx: Any, naive: Tensor, stable: Tensor, node: Any, slope: Derivative | None) -> Tensor:
+        _prepare(ctx, naive if slope is None else naive.clone(), node, slope)
         ctx.mark_dirty(naive)
         return naive.copy_(stable)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         return (*_split(ctx, grad), None, None)

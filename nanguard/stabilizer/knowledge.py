@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanguard.algebra import Term
+from nanguard.stabilizer.regions import Region
 
 __all__ = ["Knowledge", "Known", "is_plain", "owns_memory"]
 
@@ -27,14 +28,19 @@ class Known:
         term: the logarithm.
         parents: what is known about the tensors that it was computed from.
         pinned: whether somebody watches derivatives at this tensor (a hook, `retain_grad`), which a swap would bypass.
+        region: the checkpointed region that it was learnt in.
+        basis: a large softmax itself, as part of its graph, and in what version.
     """
 
     __slots__ = (
         "__weakref__",
+        "basis",
+        "basis_version",
         "depth",
         "node",
         "parents",
         "pinned",
+        "region",
         "requires_grad",
         "storages",
         "tensor",
@@ -47,6 +53,9 @@ class Known:
         self.term = term
         self.parents = parents
         self.pinned = False
+        self.region: Region | None = None
+        self.basis: Tensor | None = None
+        self.basis_version = 0
         self.version = value._version
         self.requires_grad = value.requires_grad
         self.node = _node_of(value)
@@ -79,15 +88,24 @@ class Known:
 class Knowledge:
     """The known tensors of one active block. It keeps no tensor alive but the leaves of terms, and those only as long as the
     tensors that they are terms of.
+
+    Attributes:
+        region: the checkpointed region that the code is in. What was learnt outside of it is not found.
     """
 
     def __init__(self) -> None:
         self._known: dict[int, Known] = {}
         self._watched: set[int] = set()
         self._escaped: dict[int, StorageWeakRef] = {}
+        self.region: Region | None = None
 
     def __len__(self) -> int:
         return len(self._known)
+
+    @property
+    def has_escapes(self) -> bool:
+        """Whether any memory can be edited unseen, or ever could."""
+        return bool(self._escaped)
 
     def might_know(self, args: tuple[Any, ...]) -> bool:
         """Whether any of these arguments, or of the entries of a list among them, was ever recorded. Cheap, and no promise."""
@@ -101,15 +119,20 @@ class Knowledge:
         known = self._known.get(id(tensor))
         if known is None or known.tensor() is not tensor:
             return None
+        if self.region is not None and not self.region.holds(known.region):
+            return None
         if not known.holds(tensor):
             del self._known[id(tensor)]
             return None
         return known
 
-    def record(self, tensor: Tensor, term: Term, parents: tuple[Known, ...]) -> None:
+    def record(self, tensor: Tensor, term: Term, parents: tuple[Known, ...], basis: Tensor | None = None) -> None:
         """Note the logarithm of a tensor."""
         key = id(tensor)
         known = Known(weakref.ref(tensor, lambda _: self._drop(key, known)), tensor, term, parents)
+        known.region = self.region
+        if basis is not None:
+            known.basis, known.basis_version = basis, basis._version
         if term.size > LARGEST_TERM or known.depth > LONGEST_HISTORY:
             self._known.pop(key, None)
             return

@@ -16,7 +16,7 @@ from torch import Tensor
 from nanguard.algebra import Leaf
 from nanguard.source import is_user_file
 
-__all__ = ["FrameNames", "expression", "user_frame"]
+__all__ = ["FrameNames", "expression", "free_name", "user_frame"]
 
 
 def user_frame() -> FrameType:
@@ -45,6 +45,12 @@ def expression(frame: FrameType) -> tuple[int, str]:
 _SYNONYMS = {"logits": ("scores", "inputs"), "target": ("labels", "targets"), "index": ("indices", "positions")}
 
 
+def free_name(default: str, taken: set[str]) -> str:
+    """`default`, or a name like it, that does not stand for something else in the user's code."""
+    candidates = (default, *(_SYNONYMS.get(default, ())), f"the_{default}")
+    return default and next((name for name in candidates if name not in taken), candidates[-1])
+
+
 @final
 class FrameNames:
     """The names that a frame, or else one of its callers, has for tensors: local variables, and attributes of `self`."""
@@ -64,12 +70,7 @@ class FrameNames:
         name = self._names.get(id(value))
         if name is None and value._base is not None and value.numel() == value._base.numel():
             name = self._names.get(id(value._base))
-        return name or self._free(default)
-
-    def _free(self, default: str) -> str:
-        """A name that does not stand for something else in the user's code."""
-        candidates = (default, *(_SYNONYMS.get(default, ())), f"the_{default}")
-        return default and next((name for name in candidates if name not in self._taken), candidates[-1])
+        return name or free_name(default, self._taken)
 
     def counts_up(self, index: object, length: int) -> bool:
         """Whether an index is 0, 1, ..., length - 1. Tensors are only looked into where that needs no synchronisation."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from nanguard.algebra import Call, Law, Leaf, Operand, Term, Unrecognised, untracked
+from nanguard.algebra import Apply, Call, Law, Leaf, Operand, Term, Unrecognised, untracked
+from nanguard.algebra.operators import FULL
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.knowledge import Knowledge, Known, is_plain, owns_memory
 
 __all__ = ["Reading"]
+
+# Longer ones are not looked into.
+LONGEST_INDEX = 1 << 14
 
 _CONSTANTS = (bool, int, float, str, range, torch.dtype, torch.device)
 
@@ -25,6 +30,7 @@ class Reading:
         sound: whether every tensor among the arguments may be depended on.
         parents: what is known of the operands.
         tensors: the operands.
+        subject: the tensor that a query asks about.
     """
 
     def __init__(self, knowledge: Knowledge, bound: Mapping[str, Any], keep_source: bool) -> None:
@@ -34,22 +40,21 @@ class Reading:
         self.sound = True
         self.parents: tuple[Known, ...] = ()
         self.tensors: list[Tensor] = []
+        subject = bound.get("input")
+        self.subject: Tensor | None = subject if isinstance(subject, Tensor) else None
         self._arguments = {name: self._argument(value) for name, value in bound.items()}
-
-    @property
-    def first(self) -> Tensor | None:
-        """The first operand."""
-        return self.tensors[0] if self.tensors else None
 
     def term(self, law: Law, position: int, results: list[Any]) -> Term | None:
         """The logarithm of one of the results, or `None` where nothing is known about it."""
-        result, first = results[position], self.tensors[0] if self.tensors else None
-        if first is None or not _is_real(result) or not is_plain(result) or result.device != first.device:
+        result = results[position]
+        first = self.tensors[0] if self.tensors else result
+        if not _is_real(result) or not is_plain(result) or result.device != first.device:
             return None
-        if not self._traceable(law):
+        if not self._traceable(law) or (result.requires_grad and not self.tensors):
             return None
         shapes = tuple(tuple(part.shape) for part in results)
-        call = Call(self._arguments, shapes[position], position, shapes, result.dtype == first.dtype)
+        same_dtype = result.dtype == first.dtype
+        call = Call(self._arguments, shapes[position], position, shapes, same_dtype)
         try:
             term = law.derive(call)
         except Unrecognised:
@@ -77,9 +82,12 @@ class Reading:
         self.tensors.append(tensor)
         if not trusted:
             return Operand(Leaf(tensor, tuple(tensor.shape)), None, trusted=False)
+        constant = _constant(tensor, known)
+        if constant is not None:
+            return Operand(self._leaf(tensor), constant=constant)
         if self._keep_source:
             tensor = tensor.clone()
-        leaf = self._leaf(tensor)
+        leaf = self._leaf(tensor) if _is_real(tensor) else self._index(tensor)
         return Operand(leaf, known.term if known is not None else None, real=_is_real(tensor))
 
     def _leaf(self, tensor: Tensor) -> Leaf:
@@ -87,10 +95,16 @@ class Reading:
             tensor = tensor.clone()  # NumPy may write into it unseen
         return Leaf(tensor, tuple(tensor.shape), tensor._version, tensor.requires_grad or self._transformed)
 
+    def _index(self, tensor: Tensor) -> Leaf:
+        leaf = self._leaf(tensor)
+        if tensor.dtype != torch.int64 or tensor.ndim != 1 or tensor.device.type != "cpu" or self._transformed:
+            return leaf
+        return Leaf(leaf.value, leaf.shape, leaf.version, leaf.tracked, partial(_counts_up, leaf.value))
+
     def _nested(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             self.sound &= self._knowledge.is_trusted(value)
-            return self._leaf(value) if self.sound else value
+            return self._index(value) if self.sound else value
         if isinstance(value, tuple):
             return tuple(map(self._nested, value))
         if isinstance(value, list):
@@ -100,6 +114,20 @@ class Reading:
         # Arrays and other sequences can be edited unseen.
         self.sound &= value is None or value is Ellipsis or isinstance(value, _CONSTANTS)
         return value
+
+
+def _constant(tensor: Tensor, known: Known | None) -> float | None:
+    """The number that all elements are, where that is known without waiting for a device."""
+    if known is not None:
+        full = known.term
+        return full.params["constant"] if isinstance(full, Apply) and full.operator is FULL else None
+    if tensor.ndim or tensor.requires_grad or tensor.device.type != "cpu" or not _is_real(tensor):
+        return None
+    return tensor.item() if type(tensor) is Tensor and not environment.in_transform() else None
+
+
+def _counts_up(index: Tensor) -> bool:
+    return index.numel() <= LONGEST_INDEX and torch.equal(index, torch.arange(index.numel()))
 
 
 def _is_real(tensor: Tensor) -> bool:

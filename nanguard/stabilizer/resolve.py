@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from nanguard.algebra import Law, Spelling, laws
+from nanguard.algebra import Law, Spelling, laws, misuses
 
-__all__ = ["function", "law_table"]
+__all__ = ["function", "law_table", "misuse_table"]
 
 
 @functools.cache
@@ -21,8 +21,18 @@ def law_table() -> dict[Any, tuple[Law, Spelling]]:
     Raises `RuntimeError` where a name that is not marked optional does not exist, or two laws claim the same function: a law
     that silently never fires would be worse.
     """
+    return _table(laws())
+
+
+@functools.cache
+def misuse_table() -> dict[Any, tuple[Law, Spelling]]:
+    """Every function whose calls are only looked at, in the same way."""
+    return _table(misuses())
+
+
+def _table(known: tuple[Law, ...]) -> dict[Any, tuple[Law, Spelling]]:
     table: dict[Any, tuple[Law, Spelling]] = {}
-    for law in laws():
+    for law in known:
         for spelling in law.spellings:
             try:
                 found = function(spelling.path)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+from nanguard.stabilizer.regions import Recomputation
 
 __all__ = ["has_unstable_ops"]
 
 # A logarithm, or the graft that took the place of one or of a quotient, is enough; an exponential needs something that divides.
-_ALONE = ("Log", "Log2", "Log10", "Log1P", "_Graft", "_GraftInPlace")
+_ALONE = ("Log", "Log2", "Log10", "Log1P", "BinaryCrossEntropy", "_Graft", "_GraftInPlace")
 _DIVISIONS = ("Div", "Reciprocal", "Pow")
+_REENTRANT = CheckpointFunction.__name__
 
 
 _KINDS: dict[str, str] = {}
@@ -19,15 +23,18 @@ _KINDS: dict[str, str] = {}
 def _kind(name: str) -> str:
     if name in _ALONE:
         return "alone"
+    if name == _REENTRANT:
+        return "region"
     return "exponential" if name == "Exp" else "division" if name in _DIVISIONS else ""
 
 
 def has_unstable_ops(loss: Tensor, limit: int | None = None) -> bool:
     """Whether the graph of a loss contains an operation that a rule might replace, or has replaced.
 
-    That is a logarithm of any base, or an exponential together with a division. `log_softmax`, `cross_entropy`, `logsumexp`
-    and the built-in softmax (attention) are stable as they are and do not count. The inside of reentrant checkpoints,
-    compiled regions and custom functions cannot be seen.
+    That is a logarithm of any base, a binary cross-entropy of probabilities, or an exponential together with a division.
+    `log_softmax`, `cross_entropy`, `logsumexp` and the built-in softmax (attention) are stable as they are and do not count.
+    The inside of compiled regions and custom functions cannot be seen, and that of reentrant checkpoints only in so far as
+    something was replaced there.
 
     Arguments:
         loss: any tensor; the answer is `False` for one without a graph.
@@ -48,7 +55,7 @@ def has_unstable_ops(loss: Tensor, limit: int | None = None) -> bool:
         if kind is None:
             kind = _KINDS[name] = _kind(name.partition("Backward")[0])
         if kind:
-            if kind == "alone":
+            if kind == "alone" or (kind == "region" and isinstance(getattr(node, "run_function", None), Recomputation)):
                 return True
             exponential |= kind == "exponential"
             division |= kind == "division"

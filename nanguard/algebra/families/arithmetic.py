@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from nanguard.algebra import build
+from nanguard.algebra import build, sums
+from nanguard.algebra import operators as ops
+from nanguard.algebra.axes import is_misaligned
+from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call
-from nanguard.algebra.pattern import core_is
+from nanguard.algebra.pattern import core_is, is_disguised, is_over_probabilities, is_selection
 from nanguard.algebra.registry import law, rule
-from nanguard.algebra.term import Term, Unrecognised
+from nanguard.algebra.term import Apply, Term, Unrecognised
 
 
-# log(p q) = log p + log q,  log(c p) = log p + log c
+# log(p q) = log p + log q,  log(c p) = log p + log c; a tensor of unknown sign is kept as a weight
 @law(
     """
     torch.mul(input, other)
@@ -28,12 +32,34 @@ from nanguard.algebra.term import Term, Unrecognised
     torch.Tensor.__imul__(input, other)
     """,
     quotient=True,
+    branch="follows",
 )
 def mul(call: Call) -> Term:
     if call.known("input") and call.known("other"):
-        return build.add(call.log("input"), call.log("other"))
+        return build.add(*_aligned(call.log("input"), call.log("other")))
+    if call.is_number("input") and call.is_number("other"):
+        return sums.full(call.number("input") * call.number("other"), call.shape)
     constant, tensor = ("other", "input") if call.known("input") else ("input", "other")
-    return build.shift(call.log(tensor), math.log(call.positive(constant)))
+    log = call.log(tensor)
+    if call.is_number(constant):
+        return build.expand(_times(log, call.number(constant)), call.shape)
+    weight = call.weight(constant)
+    if is_over_probabilities(log) and weight.tracked and math.prod(weight.shape) >= math.prod(log.shape):
+        raise Unrecognised  # the gate of a network, or its values: nobody asks for that logarithm, and it keeps memory alive
+    return sums.weigh(log, weight)
+
+
+def _aligned(a: Term, b: Term) -> tuple[Term, Term]:
+    if is_misaligned(a, b):
+        raise Unrecognised
+    return a, b
+
+
+def _times(log: Term, constant: float) -> Term:
+    if constant == 0:
+        raise Unrecognised
+    scaled = build.shift(log, math.log(abs(constant)))
+    return scaled if constant > 0 else build.minus(scaled)
 
 
 # log(p / q) = log p - log q,  log(p / c) = log p - log c,  log(c / q) = log c - log q
@@ -56,15 +82,33 @@ def mul(call: Call) -> Term:
     torch.Tensor.__idiv__(input, other)
     """,
     quotient=True,
+    branch="singular",
 )
 def div(call: Call) -> Term:
     if call.arguments.get("rounding_mode") is not None:
         raise Unrecognised
-    if not call.known("input"):
-        return build.shift(build.negate(call.log("other")), math.log(call.positive("input")))
+    if call.known("input") and is_disguised(call.log("input")):  # masked after the softmax: no longer a softmax
+        raise Unrecognised
+    if call.known("input") and call.known("other"):
+        return build.subtract(*_aligned(call.log("input"), call.log("other")))
+    if call.is_number("input"):
+        return build.expand(_times(build.negate(call.log("other")), call.number("input")), call.shape)
+    if call.is_number("other"):
+        number = call.number("other")
+        return build.expand(_times(call.log("input"), 1 / number if number else 0.0), call.shape)
     if call.known("other"):
-        return build.subtract(call.log("input"), call.log("other"))
-    return build.shift(call.log("input"), -math.log(call.positive("other")))
+        return build.subtract(_unknown(call, "input"), call.log("other"))
+    # Renormalised by something else, it is no probability any more; but those of picked actions are compared to old ones.
+    log = call.log("input")
+    if not (is_selection(log) or len(log.shape) == 1) or call.leaf("other").shape != log.shape:
+        raise Unrecognised
+    return build.subtract(log, _unknown(call, "other"))
+
+
+def _unknown(call: Call, name: str) -> Term:
+    """A tensor of either sign that nothing else is known about."""
+    leaf = call.weight(name)
+    return sums.weigh(sums.full(1.0, leaf.shape), leaf)
 
 
 # log(1 / p) = -log p
@@ -75,37 +119,71 @@ def div(call: Call) -> Term:
     torch.Tensor.reciprocal_(input)
     """,
     quotient=True,
+    branch="singular",
 )
 def reciprocal(call: Call) -> Term:
     return build.negate(call.log())
 
 
-# log p^k = k log p  (a power of -1 is a reciprocal)
+def _has_constant_base(args: tuple[Any, ...]) -> bool:
+    return bool(args) and (isinstance(args[0], (int, float)) or getattr(args[0], "ndim", None) == 0)
+
+
+# log p^k = k log p  (a power of -1 is a reciprocal),  log c^x = x log c
 @law(
     """
     torch.pow(input, exponent)
+    torch.float_power(input, exponent)
     torch.Tensor.pow(input, exponent)
+    torch.Tensor.float_power(input, exponent)
     torch.Tensor.__pow__(input, exponent)
     torch.Tensor.pow_(input, exponent)
     torch.Tensor.__ipow__(input, exponent)
     """,
+    source=_has_constant_base,
     quotient=True,
+    branch="singular",
 )
 def _pow(call: Call) -> Term:
+    if call.is_number("input") and not call.known("input"):
+        return build.scale(call.leaf("exponent"), math.log(call.positive("input")))
+    if not call.is_number("exponent"):
+        log, power = positive(call.log()), call.weight("exponent")
+        return Apply(ops.XLOGY, (log, power), build.broadcast_shapes(log.shape, power.shape))
     exponent = call.number("exponent")
     return build.scale(call.log(), exponent if exponent == -1.0 else call.positive("exponent"))
 
 
+# log c^x = x log c
+@law("torch.Tensor.__rpow__(exponent, input)", source=True, branch="singular")
+def rpow(call: Call) -> Term:
+    return build.scale(call.leaf("exponent"), math.log(call.positive("input")))
+
+
 # log sqrt(p) = log(p) / 2
-@law("torch.sqrt(input)\n torch.Tensor.sqrt(input)\n torch.Tensor.sqrt_(input)")
+@law("torch.sqrt(input)\n torch.Tensor.sqrt(input)\n torch.Tensor.sqrt_(input)", quotient=True, branch="singular")
 def sqrt(call: Call) -> Term:
     return build.scale(call.log(), 0.5)
 
 
+# log(1 / sqrt(p)) = -log(p) / 2
+@law("torch.rsqrt(input)\n torch.Tensor.rsqrt(input)\n torch.Tensor.rsqrt_(input)", quotient=True, branch="singular")
+def rsqrt(call: Call) -> Term:
+    return build.negate(build.scale(call.log(), 0.5))
+
+
 # log p^2 = 2 log p
-@law("torch.square(input)\n torch.Tensor.square(input)\n torch.Tensor.square_(input)")
+@law("torch.square(input)\n torch.Tensor.square(input)\n torch.Tensor.square_(input)", branch="follows")
 def square(call: Call) -> Term:
     return build.scale(call.log(), 2.0)
+
+
+# |p| = p
+@law(
+    "torch.abs(input)\n torch.absolute(input)\n torch.Tensor.abs(input)\n torch.Tensor.__abs__(input)", branch="follows"
+)
+def _abs(call: Call) -> Term:
+    return build.positive(call.log())
 
 
 @rule("NG108", "log-ratio")
@@ -134,14 +212,14 @@ def log_of_ratio(term: Term) -> bool:
 
     Equal to rounding wherever the original is accurate.
     """
-    return core_is(term, build.SUBTRACT)
+    return core_is(term, ops.SUBTRACT)
 
 
 @rule("NG109", "log-product")
 def log_of_product(term: Term) -> bool:
     """## What it does
 
-    Finds the logarithm of a product of probabilities or exponentials.
+    Finds the logarithm of a product of probabilities or exponentials, also of `prod` and `cumprod`.
 
     ## Why is this bad
 
@@ -163,4 +241,64 @@ def log_of_product(term: Term) -> bool:
 
     Equal to rounding wherever the original is accurate.
     """
-    return core_is(term, build.ADD)
+    return core_is(term, ops.ADD, ops.SUM, ops.CUMSUM, ops.PRODUCT)
+
+
+@rule("NG203", "exponential-ratio", kind="quotient")
+def quotient_of_exponentials(term: Term) -> bool:
+    """## What it does
+
+    Finds quotients of exponentials or probabilities other than softmax and sigmoid, such as an importance ratio or odds.
+
+    ## Why is this bad
+
+    Numerator and denominator overflow or vanish one by one: inf / inf and 0 / 0 are NaN. Where the quotient is finite, as in
+    1 / exp(x), its gradient need not be.
+
+    ## Example
+
+    ```python
+    result = torch.softmax(logits, dim=1) / torch.softmax(logits + 1, dim=1)
+    ```
+
+    ## Use instead
+
+    ```python
+    result = torch.exp(F.log_softmax(logits, dim=1) - F.log_softmax(logits + 1, dim=1))
+    ```
+
+    ## Fix safety
+
+    Equal to rounding wherever the original is accurate.
+    """
+    return core_is(term, ops.SUBTRACT, ops.NEGATE, through_negation=False)
+
+
+@rule("NG204", "root-of-exponential", kind="quotient")
+def root_of_exponential(term: Term) -> bool:
+    """## What it does
+
+    Finds roots, and powers below 1, of probabilities and exponentials.
+
+    ## Why is this bad
+
+    Once the number underflows to 0, the derivative of its root is inf, and inf times 0 is NaN; once it overflows, so does its
+    root, which need not.
+
+    ## Example
+
+    ```python
+    result = torch.sqrt(torch.exp(logits - 900))
+    ```
+
+    ## Use instead
+
+    ```python
+    result = torch.exp((logits - 900) / 2)
+    ```
+
+    ## Fix safety
+
+    Equal to rounding wherever the original is accurate.
+    """
+    return core_is(term, ops.SCALE, through_scale=False)

@@ -1,43 +1,22 @@
-"""Sums with a constant or with each other, and bounds: the usual guards against log 0."""
+"""Bounds, and what of the usual guards against log 0 can be dropped."""
 
 # A law is documented by the equation above it.
 # ruff: noqa: D103
 
 from __future__ import annotations
 
-from nanguard.algebra import build
+from typing import Any
+
+from nanguard.algebra import operators as ops
+from nanguard.algebra import sums
+from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call
-from nanguard.algebra.pattern import is_probability_or_total
+from nanguard.algebra.pattern import LARGEST_EPSILON, is_probability_or_total
 from nanguard.algebra.registry import law
-from nanguard.algebra.term import Apply, Leaf, Term, Unrecognised
-
-LARGEST_EPSILON = 1e-3
+from nanguard.algebra.term import Apply, Leaf, Term
 
 
-# log(p + q) = logaddexp(log p, log q),  log(p + c) = logaddexp(log p, log c)
-@law(
-    """
-    torch.add(input, other, *, alpha=1)
-    torch.Tensor.add(input, other, *, alpha=1)
-    torch.Tensor.__add__(input, other)
-    torch.Tensor.__radd__(input, other)
-    torch.Tensor.add_(input, other, *, alpha=1)
-    torch.Tensor.__iadd__(input, other)
-    """
-)
-def add(call: Call) -> Term:
-    if call.arguments.get("alpha", 1) != 1:
-        raise Unrecognised
-    if call.known("input") and call.known("other"):
-        return build.logaddexp(call.log("input"), call.log("other"))
-    constant, tensor = ("other", "input") if call.known("input") else ("input", "other")
-    value, log = call.number(constant), call.log(tensor)
-    if value < 0:
-        raise Unrecognised
-    return log if value == 0 else build.plus_constant(log, value)
-
-
-# log clamp(p, a, b) = clamp(log p, log a, log b); a lower bound of 0 or less bounds nothing
+# log clamp(p, a, b) = clamp(log p, log a, log b)
 @law(
     """
     torch.clamp(input, min=None, max=None)
@@ -53,7 +32,14 @@ def add(call: Call) -> Term:
 def clamp(call: Call) -> Term:
     minimum = None if call["min"] is None else call.number("min")
     maximum = None if call["max"] is None else call.positive("max")
-    return build.clamp(call.log(), minimum if minimum is not None and minimum > 0 else None, maximum)
+    return _bounded(call.log(), minimum, maximum)
+
+
+def _bounded(log: Term, minimum: float | None, maximum: float | None) -> Term:
+    """A lower bound of 0 or less bounds nothing that is positive."""
+    if minimum is not None and minimum <= 0:
+        return sums.clamp(positive(log), None, maximum)
+    return sums.clamp(log, minimum, maximum)
 
 
 # the same, one-sided
@@ -66,8 +52,7 @@ def clamp(call: Call) -> Term:
     """
 )
 def clamp_min(call: Call) -> Term:
-    minimum = call.number("min")
-    return build.clamp(call.log(), minimum if minimum > 0 else None, None)
+    return _bounded(call.log(), call.number("min"), None)
 
 
 @law(
@@ -79,21 +64,28 @@ def clamp_min(call: Call) -> Term:
     """
 )
 def clamp_max(call: Call) -> Term:
-    return build.clamp(call.log(), None, call.positive("max"))
+    return sums.clamp(call.log(), None, call.positive("max"))
 
 
 def drop_epsilons(term: Term) -> Term:
     """The term without small epsilons on probabilities and sums of exponentials.
 
-    An epsilon is at most 1e-3, and is added to, or bounds from below, what `is_probability_or_total` says. Where the
+    An epsilon is at most 1e-3, and is added to, or bounds from below (or by as little from above), what
+    `is_probability_or_total` says. Where the
     probability is truly 0 (a masked logit) the epsilon stays: log 0 would bring an infinity, and p log p a NaN, that the
     original never had.
     """
     if isinstance(term, Leaf):
         return term
     args = tuple(drop_epsilons(arg) for arg in term.args)
-    if term.operator in (build.PLUS_CONSTANT, build.CLAMP_MIN):
-        constant = term.params["constant"]
-        if constant <= LARGEST_EPSILON and is_probability_or_total(args[0]):
-            return Apply(build.FLOOR_ZERO, args, term.shape, constant=constant)
+    constant: Any = term.params.get("constant")
+    if (
+        term.operator is ops.CLAMP_MAX
+        and 1 - LARGEST_EPSILON <= constant <= 1
+        and is_probability_or_total(term.args[0])
+    ):
+        return args[0]
+    small = term.operator in (ops.PLUS_CONSTANT, ops.CLAMP_MIN) and constant <= LARGEST_EPSILON
+    if small and is_probability_or_total(term.args[0]):
+        return Apply(ops.FLOOR_ZERO, args, term.shape, constant=constant)
     return Apply(term.operator, args, term.shape, **term.params)

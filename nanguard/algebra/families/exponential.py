@@ -5,17 +5,57 @@
 
 from __future__ import annotations
 
-from nanguard.algebra import build
+import math
+
+from nanguard.algebra import build, sums
+from nanguard.algebra import operators as ops
 from nanguard.algebra.call import Call
-from nanguard.algebra.pattern import core, core_is, is_bare, operators
+from nanguard.algebra.pattern import core, is_bare, is_over_probabilities, is_sum
 from nanguard.algebra.registry import law, rule
-from nanguard.algebra.term import Apply, Term
+from nanguard.algebra.term import Apply, Term, Unrecognised
 
 
 # log exp(x) = x
-@law("torch.exp(input)\n torch.Tensor.exp(input)\n torch.Tensor.exp_(input)\n torch.exp_(input)", source=True)
+@law(
+    "torch.exp(input)\n torch.Tensor.exp(input)\n torch.Tensor.exp_(input)\n torch.exp_(input)",
+    source=True,
+    branch="singular",
+)
 def exp(call: Call) -> Term:
     return call.leaf()
+
+
+# log 2^x = x log 2
+@law(
+    """
+    torch.exp2(input)
+    torch.special.exp2(input)
+    torch.Tensor.exp2(input)
+    torch.Tensor.exp2_(input)
+    torch.exp2_(input)
+    """,
+    source=True,
+    branch="singular",
+)
+def exp2(call: Call) -> Term:
+    return build.scale(call.leaf(), math.log(2))
+
+
+# expm1(x) = e^x - 1
+@law(
+    """
+    torch.expm1(input)
+    torch.special.expm1(input)
+    torch.Tensor.expm1(input)
+    torch.Tensor.expm1_(input)
+    torch.expm1_(input)
+    """,
+    source=True,
+    branch="singular",
+)
+def expm1(call: Call) -> Term:
+    x = call.leaf()
+    return Apply(ops.EXPM1, (x,), x.shape)
 
 
 # log sum p = logsumexp(log p)
@@ -27,7 +67,7 @@ def exp(call: Call) -> Term:
 )
 def _sum(call: Call) -> Term:
     log = call.log()
-    return build.logsumexp(log, call.dims(log.shape), _flag(call, "keepdim"))
+    return sums.logsumexp(log, call.dims(log.shape), _flag(call, "keepdim"))
 
 
 # log mean p = logsumexp(log p) - log n
@@ -39,7 +79,52 @@ def _sum(call: Call) -> Term:
 )
 def mean(call: Call) -> Term:
     log = call.log()
-    return build.logmeanexp(log, call.dims(log.shape), _flag(call, "keepdim"))
+    return sums.logmeanexp(log, call.dims(log.shape), _flag(call, "keepdim"))
+
+
+# log cumsum p = logcumsumexp(log p)
+@law(
+    """
+    torch.cumsum(input, dim, *, dtype=None)
+    torch.Tensor.cumsum(input, dim, *, dtype=None)
+    torch.Tensor.cumsum_(input, dim, *, dtype=None)
+    """
+)
+def cumsum(call: Call) -> Term:
+    log = call.log()
+    return sums.logcumsumexp(log, call.dim(log.shape))
+
+
+# log(p + q) = logaddexp(log p, log q),  log(p + c) = logaddexp(log p, log c)
+@law(
+    """
+    torch.add(input, other, *, alpha=1)
+    torch.Tensor.add(input, other, *, alpha=1)
+    torch.Tensor.__add__(input, other)
+    torch.Tensor.__radd__(input, other)
+    torch.Tensor.add_(input, other, *, alpha=1)
+    torch.Tensor.__iadd__(input, other)
+    """,
+    branch="follows",
+)
+def add(call: Call) -> Term:
+    if call.arguments.get("alpha", 1) != 1:
+        raise Unrecognised
+    if call.known("input") and call.known("other"):
+        return sums.logaddexp(call.log("input"), call.log("other"))
+    constant, tensor = ("other", "input") if call.known("input") else ("input", "other")
+    return build.expand(sums.plus_constant(call.log(tensor), call.number(constant)), call.shape)
+
+
+# p + w (q - p) = (1 - w) p + w q
+@law("torch.lerp(input, end, weight)\n torch.Tensor.lerp(input, end, weight)")
+def lerp(call: Call) -> Term:
+    weight = call.number("weight")
+    if not 0 < weight < 1:
+        raise Unrecognised
+    return sums.logaddexp(
+        build.shift(call.log("input"), math.log(1 - weight)), build.shift(call.log("end"), math.log(weight))
+    )
 
 
 def _flag(call: Call, name: str) -> bool:
@@ -48,7 +133,7 @@ def _flag(call: Call, name: str) -> bool:
 
 def _over_probabilities(term: Term) -> bool:
     found = core(term)
-    return isinstance(found, Apply) and bool(operators(found.args[0]) & {"log_softmax", "logsigmoid"})
+    return isinstance(found, Apply) and is_over_probabilities(found.args[0])
 
 
 @rule("NG103", "logsumexp")
@@ -82,7 +167,7 @@ def log_of_sum_of_exponentials(term: Term) -> bool:
 
     - https://docs.pytorch.org/docs/stable/generated/torch.logsumexp.html
     """
-    return core_is(term, build.LOGSUMEXP, build.LOGMEANEXP, build.LOGADDEXP) and not _over_probabilities(term)
+    return is_sum(core(term)) and not _over_probabilities(term)
 
 
 @rule("NG106", "log-exp")
@@ -146,4 +231,4 @@ def log_of_summed_probabilities(term: Term) -> bool:
 
     - https://docs.pytorch.org/docs/stable/generated/torch.logsumexp.html
     """
-    return core_is(term, build.LOGSUMEXP, build.LOGMEANEXP, build.LOGADDEXP) and _over_probabilities(term)
+    return is_sum(core(term)) and _over_probabilities(term)

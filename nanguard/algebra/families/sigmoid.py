@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from nanguard.algebra import build
+from nanguard.algebra import operators as ops
 from nanguard.algebra.call import Call
 from nanguard.algebra.pattern import core, core_is, is_softplus
 from nanguard.algebra.registry import law, rule
-from nanguard.algebra.term import Term
+from nanguard.algebra.term import Apply, Term
 
 
 # log sigmoid(x) = logsigmoid(x) = -log(1 + e^-x)
@@ -18,6 +19,8 @@ from nanguard.algebra.term import Term
     torch.sigmoid(input)
     torch.special.expit(input)
     torch.Tensor.sigmoid(input)
+    torch.Tensor.sigmoid_(input)
+    torch.sigmoid_(input)
     torch.nn.functional.sigmoid(input)
     """,
     source=True,
@@ -56,7 +59,7 @@ def log_of_sigmoid(term: Term) -> bool:
 
     - https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.logsigmoid.html
     """
-    return core_is(term, build.LOG_SIGMOID)
+    return core_is(term, ops.LOG_SIGMOID)
 
 
 @rule("NG105", "softplus")
@@ -124,4 +127,4 @@ def quotient_is_sigmoid(term: Term) -> bool:
 
     - https://docs.pytorch.org/docs/stable/generated/torch.sigmoid.html
     """
-    return core(term) is term and core_is(term, build.LOG_SIGMOID)
+    return isinstance(term, Apply) and term.operator is ops.LOG_SIGMOID

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from nanguard.algebra import build
+from nanguard.algebra import operators as ops
 from nanguard.algebra.call import Call
-from nanguard.algebra.pattern import core, core_is, is_selection
+from nanguard.algebra.pattern import core_is, is_selection
 from nanguard.algebra.registry import Names, law, rule
 from nanguard.algebra.term import Apply, Leaf, Term
 
@@ -27,15 +28,22 @@ def softmax(call: Call) -> Term:
     return build.log_softmax(logits, call.dim(logits.shape))
 
 
+# softmin(x) = softmax(-x)
+@law("torch.nn.functional.softmin(input, dim=None, _stacklevel=3, dtype=None)", source=True)
+def softmin(call: Call) -> Term:
+    logits = call.leaf()
+    return build.log_softmax(build.negate(logits), call.dim(logits.shape))
+
+
 def _cross_entropy(term: Term, names: Names) -> str | None:
     """`-F.cross_entropy(x, y)` where exactly the target's log-probability is picked from two-dimensional logits."""
     shape, picked = term.shape, term
-    if isinstance(picked, Apply) and picked.operator is build.RESHAPE:
+    if isinstance(picked, Apply) and picked.operator is ops.RESHAPE:
         picked = picked.args[0]
     if not isinstance(picked, Apply) or not picked.args:
         return None
     base = picked.args[0]
-    if not isinstance(base, Apply) or base.operator is not build.LOG_SOFTMAX or not isinstance(base.args[0], Leaf):
+    if not isinstance(base, Apply) or base.operator is not ops.LOG_SOFTMAX or not isinstance(base.args[0], Leaf):
         return None
     if len(base.shape) != 2 or base.params["dim"] != 1:
         return None
@@ -89,7 +97,7 @@ def log_of_softmax(term: Term) -> bool:
 
     - https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.log_softmax.html
     """
-    return core_is(term, build.LOG_SOFTMAX) and not is_selection(term)
+    return core_is(term, ops.LOG_SOFTMAX) and not is_selection(term)
 
 
 @rule("NG102", "cross-entropy", suggest=_cross_entropy)
@@ -123,7 +131,7 @@ def log_of_picked_softmax(term: Term) -> bool:
 
     - https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html
     """
-    return core_is(term, build.LOG_SOFTMAX) and is_selection(term)
+    return core_is(term, ops.LOG_SOFTMAX) and is_selection(term)
 
 
 @rule("NG201", "naive-softmax", kind="quotient")
@@ -157,4 +165,4 @@ def quotient_is_softmax(term: Term) -> bool:
 
     - https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.softmax.html
     """
-    return core(term) is term and core_is(term, build.LOG_SOFTMAX)
+    return isinstance(term, Apply) and term.operator is ops.LOG_SOFTMAX

@@ -8,21 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from nanguard.algebra import build
+from nanguard.algebra import operators as ops
 from nanguard.algebra.call import Call, Operand, normal_dim
 from nanguard.algebra.registry import law
-from nanguard.algebra.term import Operator, Shape, Term, Unrecognised
-
-PERMUTE = Operator("permute", "torch.permute", "{0}.permute({dims})", fresh=False)
-NARROW = Operator("narrow", "torch.narrow", "{0}.narrow({dim}, {start}, {length})", fresh=False)
-SELECT = Operator("select", "torch.select", "{0}.select({dim}, {index})", fresh=False)
-INDEX = Operator("index", "nanguard.stabilizer.functional.index", "{0}[{key}]", fresh=False)
-GATHER = Operator("gather", "torch.gather", "{0}.gather({dim}, {index})")
-TAKE_ALONG_DIM = Operator("take_along_dim", "torch.take_along_dim", "torch.take_along_dim({0}, {indices}, {dim})")
-INDEX_SELECT = Operator("index_select", "torch.index_select", "{0}.index_select({dim}, {index})")
-MASKED_SELECT = Operator("masked_select", "torch.masked_select", "{0}[{mask}]")
-CAT = Operator("cat", "nanguard.stabilizer.functional.cat", "torch.cat([{all}], dim={dim})")
-STACK = Operator("stack", "nanguard.stabilizer.functional.stack", "torch.stack([{all}], dim={dim})")
-DIAGONAL = Operator("diagonal", "torch.diagonal", "{0}.diagonal({offset}, {dim1}, {dim2})", fresh=False)
+from nanguard.algebra.term import Shape, Term, Unrecognised
 
 
 # same elements, same order
@@ -49,6 +38,23 @@ def reshape(call: Call) -> Term:
     if not call.same_dtype:  # view(dtype) reads the bits anew
         raise Unrecognised
     return build.reshape(call.log(), call.shape)
+
+
+# a dim taken from here to there
+@law(
+    """
+    torch.movedim(input, source, destination)
+    torch.moveaxis(input, source, destination)
+    torch.Tensor.movedim(input, source, destination)
+    torch.Tensor.moveaxis(input, source, destination)
+    """
+)
+def movedim(call: Call) -> Term:
+    log = call.log()
+    source, destination = call.dim(log.shape, "source"), call.dim(log.shape, "destination")
+    order = [dim for dim in range(len(log.shape)) if dim != source]
+    order.insert(destination, source)
+    return _permuted(log, tuple(order))
 
 
 # same elements, dims in another order
@@ -96,7 +102,7 @@ def _swapped(log: Term, first: int, second: int) -> Term:
 def _permuted(log: Term, dims: tuple[int, ...]) -> Term:
     if dims == tuple(range(len(log.shape))):
         return log
-    return build.rearrange(PERMUTE, (log,), tuple(log.shape[dim] for dim in dims), dims=dims)
+    return build.rearrange(ops.PERMUTE, (log,), tuple(log.shape[dim] for dim in dims), dims=dims)
 
 
 # some of the elements
@@ -118,7 +124,7 @@ def _only_new_dims(key: Any) -> bool:
 
 
 def _indexed(log: Term, shape: Shape, key: Any) -> Term:
-    return build.rearrange(INDEX, (log,), shape, key=key)
+    return build.rearrange(ops.INDEX, (log,), shape, key=key)
 
 
 @law(
@@ -129,7 +135,7 @@ def _indexed(log: Term, shape: Shape, key: Any) -> Term:
 )
 def gather(call: Call) -> Term:
     log = call.log()
-    return build.rearrange(GATHER, (log,), call.shape, dim=call.dim(log.shape), index=call.index("index"))
+    return build.rearrange(ops.GATHER, (log,), call.shape, dim=call.dim(log.shape), index=call.index("index"))
 
 
 @law(
@@ -141,18 +147,18 @@ def gather(call: Call) -> Term:
 def take_along_dim(call: Call) -> Term:
     log = call.log()
     params = {"indices": call.index("indices"), "dim": call.dim(log.shape)}
-    return build.rearrange(TAKE_ALONG_DIM, (log,), call.shape, **params)
+    return build.rearrange(ops.TAKE_ALONG_DIM, (log,), call.shape, **params)
 
 
 @law("torch.index_select(input, dim, index)\n torch.Tensor.index_select(input, dim, index)")
 def index_select(call: Call) -> Term:
     log = call.log()
-    return build.rearrange(INDEX_SELECT, (log,), call.shape, dim=call.dim(log.shape), index=call.index("index"))
+    return build.rearrange(ops.INDEX_SELECT, (log,), call.shape, dim=call.dim(log.shape), index=call.index("index"))
 
 
 @law("torch.masked_select(input, mask)\n torch.Tensor.masked_select(input, mask)")
 def masked_select(call: Call) -> Term:
-    return build.rearrange(MASKED_SELECT, (call.log(),), call.shape, mask=call.index("mask"))
+    return build.rearrange(ops.MASKED_SELECT, (call.log(),), call.shape, mask=call.index("mask"))
 
 
 @law("torch.select(input, dim, index)\n torch.Tensor.select(input, dim, index)")
@@ -161,7 +167,7 @@ def select(call: Call) -> Term:
     dim, place = call.dim(log.shape), call["index"]
     if isinstance(place, bool) or not isinstance(place, int):
         raise Unrecognised
-    return build.rearrange(SELECT, (log,), call.shape, dim=dim, index=place)
+    return build.rearrange(ops.SELECT, (log,), call.shape, dim=dim, index=place)
 
 
 @law("torch.narrow(input, dim, start, length)\n torch.Tensor.narrow(input, dim, start, length)")
@@ -170,7 +176,7 @@ def narrow(call: Call) -> Term:
     dim, start = call.dim(log.shape), call["start"]
     if isinstance(start, bool) or not isinstance(start, int):
         raise Unrecognised
-    return build.rearrange(NARROW, (log,), call.shape, dim=dim, start=start, length=call.shape[dim])
+    return build.rearrange(ops.NARROW, (log,), call.shape, dim=dim, start=start, length=call.shape[dim])
 
 
 # the parts of a split lie one after the other
@@ -186,13 +192,13 @@ def split(call: Call) -> Term:
     log = call.log()
     dim = call.dim(log.shape)
     start = sum(shape[dim] for shape in call.shapes[: call.position])
-    return build.rearrange(NARROW, (log,), call.shape, dim=dim, start=start, length=call.shape[dim])
+    return build.rearrange(ops.NARROW, (log,), call.shape, dim=dim, start=start, length=call.shape[dim])
 
 
 @law("torch.unbind(input, dim=0)\n torch.Tensor.unbind(input, dim=0)")
 def unbind(call: Call) -> Term:
     log = call.log()
-    return build.rearrange(SELECT, (log,), call.shape, dim=call.dim(log.shape), index=call.position)
+    return build.rearrange(ops.SELECT, (log,), call.shape, dim=call.dim(log.shape), index=call.position)
 
 
 @law(
@@ -204,7 +210,51 @@ def unbind(call: Call) -> Term:
 def diagonal(call: Call) -> Term:
     log = call.log()
     first, second = call.dim(log.shape, "dim1"), call.dim(log.shape, "dim2")
-    return build.rearrange(DIAGONAL, (log,), call.shape, offset=int(call.number("offset")), dim1=first, dim2=second)
+    return build.rearrange(ops.DIAGONAL, (log,), call.shape, offset=int(call.number("offset")), dim1=first, dim2=second)
+
+
+# the diagonal of a matrix
+@law("torch.diag(input, diagonal=0)\n torch.Tensor.diag(input, diagonal=0)")
+def diag(call: Call) -> Term:
+    log = call.log()
+    if len(log.shape) != 2:
+        raise Unrecognised
+    return build.rearrange(ops.DIAGONAL, (log,), call.shape, offset=int(call.number("diagonal")), dim1=0, dim2=1)
+
+
+# the other way round
+@law("torch.flip(input, dims)\n torch.Tensor.flip(input, *dims)")
+def flip(call: Call) -> Term:
+    log, dims = call.log(), call["dims"]
+    if isinstance(dims, tuple) and len(dims) == 1 and isinstance(dims[0], (tuple, list)):
+        dims = dims[0]
+    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+    return build.rearrange(ops.FLIP, (log,), call.shape, dims=tuple(normal_dim(dim, len(log.shape)) for dim in dims))
+
+
+@law("torch.fliplr(input)\n torch.Tensor.fliplr(input)")
+def fliplr(call: Call) -> Term:
+    return build.rearrange(ops.FLIP, (call.log(),), call.shape, dims=(1,))
+
+
+@law("torch.flipud(input)\n torch.Tensor.flipud(input)")
+def flipud(call: Call) -> Term:
+    return build.rearrange(ops.FLIP, (call.log(),), call.shape, dims=(0,))
+
+
+# elements shifted, and what falls out comes in on the other side
+@law("torch.roll(input, shifts, dims=None)\n torch.Tensor.roll(input, shifts, dims=None)")
+def roll(call: Call) -> Term:
+    shifts, dims = call["shifts"], call["dims"]
+    if not all(isinstance(value, (int, tuple, list, type(None))) for value in (shifts, dims)):
+        raise Unrecognised
+    return build.rearrange(ops.ROLL, (call.log(),), call.shape, shifts=shifts, dims=dims)
+
+
+# elements by their place in the whole
+@law("torch.take(input, index)\n torch.Tensor.take(input, index)")
+def take(call: Call) -> Term:
+    return build.rearrange(ops.TAKE, (call.log(),), call.shape, index=call.index("index"))
 
 
 # the elements of several, one after the other
@@ -216,12 +266,17 @@ def diagonal(call: Call) -> Term:
     """
 )
 def cat(call: Call) -> Term:
-    return build.rearrange(CAT, call.logs("tensors"), call.shape, dim=call.dim(call.shape))
+    return build.rearrange(ops.CAT, call.logs("tensors"), call.shape, dim=call.dim(call.shape))
+
+
+@law("torch.hstack(tensors)")
+def hstack(call: Call) -> Term:
+    return build.rearrange(ops.CAT, call.logs("tensors"), call.shape, dim=min(len(call.shape), 2) - 1)
 
 
 @law("torch.stack(tensors, dim=0)")
 def stack(call: Call) -> Term:
-    return build.rearrange(STACK, call.logs("tensors"), call.shape, dim=call.dim(call.shape))
+    return build.rearrange(ops.STACK, call.logs("tensors"), call.shape, dim=call.dim(call.shape))
 
 
 # every element several times
@@ -235,6 +290,43 @@ def stack(call: Call) -> Term:
 )
 def expand(call: Call) -> Term:
     return build.expand(call.log(), call.shape)
+
+
+# every tensor in the shape of all
+@law("torch.broadcast_tensors(*operands)")
+def broadcast_tensors(call: Call) -> Term:
+    operands = call["operands"]
+    operand = operands[call.position] if len(operands) > call.position else None
+    if not isinstance(operand, Operand) or operand.log is None:
+        raise Unrecognised
+    return build.expand(operand.log, call.shape)
+
+
+# the whole several times
+@law("torch.Tensor.repeat(input, *dims)\n torch.tile(input, dims)\n torch.Tensor.tile(input, *dims)")
+def repeat(call: Call) -> Term:
+    counts = call["dims"]
+    if isinstance(counts, tuple) and len(counts) == 1 and isinstance(counts[0], (tuple, list)):
+        counts = counts[0]
+    log = call.log()
+    if not isinstance(counts, (tuple, list)) or not all(type(count) is int for count in counts):
+        raise Unrecognised
+    return build.rearrange(ops.REPEAT, (log,), call.shape, dims=tuple(counts))
+
+
+@law(
+    """
+    torch.repeat_interleave(input, repeats, dim=None, *, output_size=None)
+    torch.Tensor.repeat_interleave(input, repeats, dim=None, *, output_size=None)
+    """
+)
+def repeat_interleave(call: Call) -> Term:
+    repeats = call["repeats"]
+    if isinstance(repeats, bool) or not isinstance(repeats, int):
+        raise Unrecognised
+    log = call.log()
+    dim = None if call["dim"] is None else call.dim(log.shape)
+    return build.rearrange(ops.REPEAT_INTERLEAVE, (log,), call.shape, repeats=repeats, dim=dim)
 
 
 # the same elements, in memory of their own, on the same device, in another floating dtype

@@ -1,0 +1,1 @@
+"""One family of forms a file."""

@@ -1,0 +1,39 @@
+"""Tensors of one number: where totals start, and what probabilities are subtracted from."""
+
+# A law is documented by the equation above it.
+# ruff: noqa: D103
+
+from __future__ import annotations
+
+from nanguard.algebra import sums
+from nanguard.algebra.call import Call
+from nanguard.algebra.registry import law
+from nanguard.algebra.term import Term
+
+_MORE = "dtype=None, layout=None, device=None, pin_memory=False, requires_grad=False"
+
+
+# every element is 0
+@law(
+    f"""
+    torch.zeros(*size, out=None, {_MORE})
+    torch.zeros_like(input, *, memory_format=None, {_MORE})
+    torch.Tensor.new_zeros(input, *size, {_MORE})
+    """,
+    source=True,
+)
+def zeros(call: Call) -> Term:
+    return sums.full(0.0, call.shape)
+
+
+# every element is 1
+@law(
+    f"""
+    torch.ones(*size, out=None, {_MORE})
+    torch.ones_like(input, *, memory_format=None, {_MORE})
+    torch.Tensor.new_ones(input, *size, {_MORE})
+    """,
+    source=True,
+)
+def ones(call: Call) -> Term:
+    return sums.full(1.0, call.shape)

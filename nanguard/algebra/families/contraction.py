@@ -1,0 +1,152 @@
+"""Matrix products and einsum: sums of products, so logsumexp of sums; the other factor may be a tensor of either sign."""
+
+# A law is documented by the equation above it.
+# ruff: noqa: D103
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from nanguard.algebra import build, sums
+from nanguard.algebra import operators as ops
+from nanguard.algebra.call import Call, Operand
+from nanguard.algebra.pattern import is_over_probabilities
+from nanguard.algebra.registry import law
+from nanguard.algebra.term import Term, Unrecognised
+
+# All products are laid out before they are summed: of more elements than this nothing is learned.
+LARGEST_PRODUCT = 1 << 22
+# With a factor of more dims it is attention, or a layer, whose result nobody takes the logarithm of.
+LARGEST_RANK = 2
+
+
+class _Factor:
+    """One factor: a known number, or a tensor of either sign."""
+
+    def __init__(self, call: Call, operand: object) -> None:
+        if not isinstance(operand, Operand) or not operand.trusted:
+            raise Unrecognised
+        self.known = operand.log is not None
+        self.term: Term = operand.log if operand.log is not None else operand.leaf
+        self.layer = not self.known and operand.leaf.tracked and len(operand.leaf.shape) > LARGEST_RANK
+        if self.known and self.term.signed:  # what was weighed before: another layer
+            raise Unrecognised
+
+    def laid_out(self, order: Sequence[int], shape: tuple[int, ...]) -> Term:
+        """Dims in another order, and new ones of size 1."""
+        term = self.term
+        if tuple(order) != tuple(range(len(order))):
+            term = build.rearrange(ops.PERMUTE, (term,), tuple(term.shape[dim] for dim in order), dims=tuple(order))
+        return build.reshape(term, shape)
+
+
+def _product(first: _Factor, second: _Factor, one: Term, other: Term, dims: tuple[int, ...]) -> Term:
+    if not (first.known or second.known) or (first.layer and is_over_probabilities(second.term)):
+        raise Unrecognised
+    if second.layer and is_over_probabilities(first.term):
+        raise Unrecognised
+    if math.prod(build.broadcast_shapes(one.shape, other.shape)) > LARGEST_PRODUCT:
+        raise Unrecognised
+    if first.known and second.known:
+        product = build.add(one, other)
+    else:
+        product = sums.weigh(one, other) if first.known else sums.weigh(other, one)
+    return sums.logsumexp(product, dims, False)
+
+
+# log (P Q)_ij = logsumexp over k of log P_ik + log Q_kj
+@law(
+    """
+    torch.matmul(input, other)
+    torch.mm(input, mat2)
+    torch.bmm(input, mat2)
+    torch.mv(input, vec)
+    torch.dot(input, tensor)
+    torch.Tensor.matmul(input, other)
+    torch.Tensor.__matmul__(input, other)
+    torch.Tensor.__rmatmul__(other, input)
+    torch.Tensor.mm(input, mat2)
+    torch.Tensor.bmm(input, mat2)
+    torch.Tensor.mv(input, vec)
+    torch.Tensor.dot(input, tensor)
+    """
+)
+def matmul(call: Call) -> Term:
+    name = next(name for name in ("other", "mat2", "vec", "tensor") if name in call.arguments)
+    first, second = _Factor(call, call["input"]), _Factor(call, call[name])
+    a, b = first.term.shape, second.term.shape
+    if not a or not b:
+        raise Unrecognised
+    left = first.laid_out(range(len(a)), (*a, 1) if len(b) > 1 else a)
+    right = second.laid_out(range(len(b)), (*b[:-2], *((1, *b[-2:]) if len(b) > 1 and len(a) > 1 else b[-2:])))
+    rank = len(build.broadcast_shapes(left.shape, right.shape))
+    return _product(first, second, left, right, (rank - 2 if len(b) > 1 else rank - 1,))
+
+
+# the same with the second factor transposed
+@law("torch.nn.functional.linear(input, weight, bias=None)")
+def linear(call: Call) -> Term:
+    call.absent("bias")
+    first, second = _Factor(call, call["input"]), _Factor(call, call["weight"])
+    a, b = first.term.shape, second.term.shape
+    if len(b) != 2 or not a:
+        raise Unrecognised
+    return _product(first, second, first.laid_out(range(len(a)), (*a[:-1], 1, a[-1])), second.term, (len(a),))
+
+
+# sum over the letters that are missing on the right
+@law("torch.einsum(equation, *operands)", quotient=True)
+def einsum(call: Call) -> Term:
+    equation, operands = call["equation"], call["operands"]
+    if not isinstance(equation, str):
+        raise Unrecognised
+    if len(operands) == 1 and isinstance(operands[0], tuple):
+        operands = operands[0]
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if "->" not in equation or "." in equation or len(letters) != len(operands) or not 1 <= len(letters) <= 2:
+        raise Unrecognised
+    if any(len(set(word)) != len(word) for word in (*letters, output)):
+        raise Unrecognised
+    every = output + "".join(sorted(set("".join(letters)) - set(output)))
+    factors = [_Factor(call, operand) for operand in operands]
+    parts = [_spread(factor, word, every) for factor, word in zip(factors, letters, strict=True)]
+    dims = tuple(range(len(output), len(every)))
+    if len(factors) == 2:
+        return _product(factors[0], factors[1], parts[0], parts[1], dims)
+    return sums.logsumexp(parts[0], dims, False)
+
+
+def _spread(factor: _Factor, word: str, every: str) -> Term:
+    if len(word) != len(factor.term.shape):
+        raise Unrecognised
+    sizes = dict(zip(word, factor.term.shape, strict=True))
+    order = [word.index(letter) for letter in every if letter in word]
+    return factor.laid_out(order, tuple(sizes.get(letter, 1) for letter in every))
+
+
+# p normalised to a sum of 1, with a floor for the sum
+@law("torch.nn.functional.normalize(input, p=2.0, dim=1, eps=1e-12, out=None)", quotient=True)
+def normalize(call: Call) -> Term:
+    call.absent("out")
+    log = build.positive(call.log())
+    if call.number("p") != 1:
+        raise Unrecognised
+    total = sums.logsumexp(log, (call.dim(log.shape),), True)
+    return build.subtract(log, sums.clamp(total, call.positive("eps"), None))
+
+
+# the sum of the magnitudes, or the root of the sum of the squares
+@law(
+    """
+    torch.norm(input, p="fro", dim=None, keepdim=False, out=None, dtype=None)
+    torch.Tensor.norm(input, p="fro", dim=None, keepdim=False, dtype=None)
+    torch.linalg.vector_norm(input, p=2, dim=None, keepdim=False, *, dtype=None, out=None)
+    """
+)
+def norm(call: Call) -> Term:
+    log = build.positive(call.log())
+    dims, keepdim = call.dims(log.shape), bool(call["keepdim"])
+    order = 2.0 if call["p"] == "fro" else call.positive("p")
+    return build.scale(sums.logsumexp(build.scale(log, order), dims, keepdim), 1 / order)

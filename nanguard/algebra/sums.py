@@ -1,0 +1,300 @@
+"""Smart constructors of terms: sums, differences, weights and bounds.
+
+Writing l and m for the logarithms of p and q:
+
+1. `logsumexp`, `logmeanexp`, `logcumsumexp`: log sum p = logsumexp l; the mean has - log n.
+2. `logaddexp`, `plus_constant`: log(p + q), log(p + c).
+3. `weigh`: w p for a tensor w about whose sign nothing is known.
+4. `complement`: log(c - p), where the digits are lost once p is close to c. For what is bounded by 1 there is a better way:
+   1 - sigmoid(x) = sigmoid(-x); 1 - softmax(x)_k is the share of the others; 1 - tanh(x) = 2 sigmoid(-2 x).
+5. `difference`: log(p - q). A total without one of its parts is the sum of the others;
+   sigmoid(x) - sigmoid(y) = sigmoid(x) sigmoid(-y) (1 - e^(y - x)).
+6. `clamp`: log is increasing, so log clamp(p, a, b) = clamp(l, log a, log b).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from nanguard.algebra import build
+from nanguard.algebra import operators as ops
+from nanguard.algebra.build import is_op, minus, reduced, unsigned
+from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term, Unrecognised
+
+__all__ = ["clamp", "complement", "difference", "full", "logaddexp", "logsumexp", "plus_constant", "weigh"]
+
+
+def logsumexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
+    """Rests on log sum p = logsumexp l."""
+    return _total(ops.LOGSUMEXP, a, dims, keepdim)
+
+
+def logmeanexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
+    """Rests on log mean p = logsumexp l - log n."""
+    return _total(ops.LOGMEANEXP, a, dims, keepdim, count=math.prod(a.shape[dim] for dim in dims))
+
+
+def _total(operator: Operator, a: Term, dims: tuple[int, ...], keepdim: bool, **params: int) -> Term:
+    if not dims:
+        return a
+    flip, a = unsigned(a)
+    total = Apply(operator, (a,), reduced(a.shape, dims, keepdim), dim=dims, keepdim=keepdim, **params)
+    return minus(total) if flip else total
+
+
+def logcumsumexp(a: Term, dim: int) -> Term:
+    """Rests on log cumsum p = logcumsumexp l."""
+    flip, a = unsigned(a)
+    total = Apply(ops.LOGCUMSUMEXP, (a,), a.shape, dim=dim)
+    return minus(total) if flip else total
+
+
+def full(constant: float, shape: Shape) -> Term:
+    """The logarithm of a constant, of 0 too. Raises `Unrecognised` below."""
+    if constant < 0:
+        raise Unrecognised
+    return Apply(ops.FULL, (), shape, constant=constant)
+
+
+def weigh(a: Term, weight: Term) -> Term:
+    """The number w p, given w itself."""
+    flip, a = unsigned(a)
+    product = Apply(ops.WEIGH, (a, weight), build.broadcast_shapes(a.shape, weight.shape))
+    return minus(product) if flip else product
+
+
+def logaddexp(a: Term, b: Term) -> Term:
+    """The logarithm of p + q."""
+    (flip, a), (flop, b) = unsigned(a), unsigned(b)
+    if flip != flop:
+        return difference(b, a) if flip else difference(a, b)
+    total = Apply(ops.LOGADDEXP, (a, b), build.broadcast_shapes(a.shape, b.shape))
+    return minus(total) if flip else total
+
+
+def plus_constant(a: Term, constant: float) -> Term:
+    """The logarithm of p + c, for any c."""
+    if constant == 0:
+        return a
+    if isinstance(a, Apply):
+        if a.operator is ops.MINUS:
+            return complement(a.args[0], constant) if constant > 0 else minus(plus_constant(a.args[0], -constant))
+        if a.operator is ops.EXPM1:
+            return plus_constant(a.args[0], constant - 1.0)
+        scale, tanh = _times_tanh(a)
+        if tanh is not None and math.isclose(constant, scale, rel_tol=1e-12):
+            return build.shift(_twice_sigmoid(tanh, 2.0), math.log(scale))
+        if a.operator is ops.DIFFERENCE:
+            merged = _merged(a.args[0], a.args[1], constant)
+            if merged is not None:
+                return merged
+    if constant < 0:
+        return difference(a, full(-constant, a.shape))
+    return Apply(ops.PLUS_CONSTANT, (a,), a.shape, constant=constant)
+
+
+def _times_tanh(a: Apply) -> tuple[float, Term | None]:
+    """C and x of c tanh(x)."""
+    inner = a.args[0] if a.operator is ops.SHIFT else a
+    if not isinstance(inner, Apply) or inner.operator is not ops.TANH:
+        return 1.0, None
+    return math.exp(a.params["other"]) if a.operator is ops.SHIFT else 1.0, inner.args[0]
+
+
+def _merged(a: Term, b: Term, constant: float) -> Term | None:
+    """C - p + d = (c + d) - p, and p - c + d = p + (d - c): one constant keeps the digits that two would lose."""
+    if isinstance(a, Apply) and a.operator is ops.FULL and a.params["constant"] + constant > 0:
+        return complement(b, a.params["constant"] + constant)
+    if isinstance(b, Apply) and b.operator is ops.FULL:
+        return plus_constant(a, constant - b.params["constant"])
+    return None
+
+
+def _twice_sigmoid(x: Term, factor: float) -> Term:
+    return build.shift(build.logsigmoid(build.scale(x, factor)), math.log(2.0))
+
+
+def complement(a: Term, constant: float) -> Term:
+    """The logarithm of c - p, for c > 0."""
+    flip, a = unsigned(a)
+    if flip:
+        return plus_constant(a, constant)
+    rest = _rest(a)
+    if rest is None:
+        return Apply(ops.DIFFERENCE, (full(constant, a.shape), a), a.shape)
+    return plus_constant(rest, constant - 1.0)
+
+
+def _rest(a: Term) -> Term | None:
+    """The logarithm of 1 - p with all its digits, where there is a way."""
+    if not isinstance(a, Apply):
+        return None
+    if a.operator.move:
+        rests = [_rest(arg) for arg in a.args]
+        if any(rest is None for rest in rests):
+            return None
+        return build.rearrange(a.operator, tuple(rest for rest in rests if rest is not None), a.shape, **a.params)
+    find = _RESTS.get(a.operator.name)
+    return None if find is None else find(a)
+
+
+def _rest_of_clamped(a: Apply) -> Term | None:
+    rest, bound = _rest(a.args[0]), 1.0 - a.params["constant"]
+    if rest is None or bound <= 0:
+        return rest if a.operator is ops.CLAMP_MAX and bound == 0 else None
+    return clamp(rest, None, bound) if a.operator is ops.CLAMP_MIN else clamp(rest, bound, None)
+
+
+def _rest_of_mean(a: Apply) -> Term | None:
+    rest = _rest(a.args[0])
+    return None if rest is None else Apply(a.operator, (rest,), a.shape, **a.params)
+
+
+def _rest_of_sum(a: Apply) -> Term | None:
+    """Rests on 1 - sum w p = sum (1 - w) p, for probabilities that sum to 1."""
+    weighed = a.args[0]
+    if not isinstance(weighed, Apply) or weighed.operator not in (ops.WEIGH, ops.WEIGH_REST):
+        return None
+    p, weight = weighed.args
+    if not isinstance(p, Apply) or p.operator is not ops.LOG_SOFTMAX or a.params["dim"] != (p.params["dim"],):
+        return None
+    other = ops.WEIGH_REST if weighed.operator is ops.WEIGH else ops.WEIGH
+    return Apply(a.operator, (Apply(other, (p, weight), weighed.shape),), a.shape, **a.params)
+
+
+def _rest_of_square(a: Apply) -> Term | None:
+    """Rests on 1 - tanh^2 = (1 - tanh) (1 + tanh)."""
+    if a.params["exponent"] != 2 or not is_op(a.args[0], ops.TANH):
+        return None
+    x = a.args[0].args[0]  # type: ignore[union-attr]
+    return build.add(_twice_sigmoid(x, 2.0), _twice_sigmoid(x, -2.0))
+
+
+def _rest_of_power(a: Apply) -> Term | None:
+    """Rests on 1 - p^2 = (1 - p) (1 + p)."""
+    rest = _rest(a.args[0])
+    return None if rest is None or a.params["other"] != 2 else build.add(rest, plus_constant(a.args[0], 1.0))
+
+
+def _rest_of_cumsum(a: Apply) -> Term | None:
+    """Rests on 1 - (p_1 + ... + p_k) = p_(k+1) + ... + p_n, for probabilities that sum to 1."""
+    p, dim = a.args[0], a.params["dim"]
+    if not isinstance(p, Apply) or p.operator is not ops.LOG_SOFTMAX or p.params["dim"] != dim:
+        return None
+    return Apply(ops.LOG_TAIL, p.args, a.shape, dim=dim)
+
+
+def _rest_of_choice(a: Apply) -> Term | None:
+    one, other = (_rest(arg) for arg in a.args)
+    return None if one is None or other is None else Apply(ops.WHERE, (one, other), a.shape, **a.params)
+
+
+_RESTS: dict[str, Callable[[Apply], Term | None]] = {
+    "logsigmoid": lambda a: build.logsigmoid(build.negate(a.args[0])),
+    "log_softmax": lambda a: Apply(ops.LOG_REST, a.args, a.shape, **a.params),
+    "log_rest": lambda a: build.log_softmax(a.args[0], a.params["dim"]),
+    "tanh": lambda a: _twice_sigmoid(a.args[0], -2.0),
+    "power": _rest_of_square,
+    "scale": lambda a: _rest_of_power(a),
+    "logcumsumexp": lambda a: _rest_of_cumsum(a),
+    "where": lambda a: _rest_of_choice(a),
+    "clamp_min": _rest_of_clamped,
+    "clamp_max": _rest_of_clamped,
+    "logmeanexp": _rest_of_mean,
+    "logsumexp": _rest_of_sum,
+}
+
+
+def difference(a: Term, b: Term) -> Term:
+    """The logarithm of p - q."""
+    (flip, a), (flop, b) = unsigned(a), unsigned(b)
+    if flip != flop:
+        return minus(logaddexp(a, b)) if flip else logaddexp(a, b)
+    if flip:
+        a, b = b, a
+    if isinstance(a, Apply):
+        x, y = _logit(a), _logit(b)
+        if x is not None and y is not None:
+            return _between_sigmoids(x, y)
+        others = _without(a, b)
+        if others is not None:
+            return others
+    return Apply(ops.DIFFERENCE, (a, b), build.broadcast_shapes(a.shape, b.shape))
+
+
+def _logit(a: Term) -> Term | None:
+    """The x of sigmoid(x), moved as the sigmoid was."""
+    if isinstance(a, Apply) and a.operator is ops.LOG_SIGMOID:
+        return a.args[0]
+    if isinstance(a, Apply) and a.operator.move and len(a.args) == 1:
+        inner = _logit(a.args[0])
+        return None if inner is None else Apply(a.operator, (inner,), a.shape, **a.params)
+    return None
+
+
+def _between_sigmoids(x: Term, y: Term) -> Term:
+    return Apply(ops.BETWEEN, (x, y), build.broadcast_shapes(x.shape, y.shape))
+
+
+def _without(total: Apply, part: Term) -> Term | None:
+    """A total over one dim without a part of it, row by row; `None` where the part does not stand in the rows of the total."""
+    if total.operator is ops.LOGADDEXP:
+        for one, other in (total.args, reversed(total.args)):
+            rest = _without(one, part) if isinstance(one, Apply) and one.shape == total.shape else None
+            if rest is not None:
+                return logaddexp(rest, other)
+    if total.operator is not ops.LOGSUMEXP or len(total.params["dim"]) != 1 or total.signed:
+        return None
+    (x,), dim, keepdim = total.args, total.params["dim"][0], total.params["keepdim"]
+    others = Apply(ops.LOG_OTHERS, (x,), x.shape, dim=dim)
+    if part == x:
+        return others if keepdim or dim == 0 else None
+    picked = part.args[0] if isinstance(part, Apply) and part.operator is ops.RESHAPE else part
+    if not isinstance(picked, Apply) or len(picked.args) != 1 or picked.args[0] != x or part.shape != total.shape:
+        return None
+    if not _one_of_each_row(picked, x.shape, dim) or picked.shape not in (
+        reduced(x.shape, (dim,), keep) for keep in (True, False)
+    ):
+        return None
+    return build.reshape(build.rearrange(picked.operator, (others,), picked.shape, **picked.params), part.shape)
+
+
+def _one_of_each_row(picked: Apply, shape: Shape, dim: int) -> bool:
+    """Whether one element is picked along `dim`, from every row in turn."""
+    params = picked.params
+    if picked.operator is ops.DIAGONAL:
+        return len(shape) == 2 and shape[0] == shape[1] and params["offset"] == 0
+    if picked.operator in (ops.SELECT, ops.NARROW, ops.GATHER):
+        return bool(params["dim"] == dim)
+    if picked.operator is ops.INDEX and isinstance(params["key"], tuple) and len(params["key"]) == len(shape):
+        return _indexes_rows(params["key"], shape, dim)
+    return False
+
+
+def _indexes_rows(key: tuple[object, ...], shape: Shape, dim: int) -> bool:
+    """Whether it is `[:, k]`, or `[0, 1, ..., n - 1; y]`."""
+    if type(key[dim]) is int:
+        return all(type(entry) is slice and entry == slice(None) for place, entry in enumerate(key) if place != dim)
+    if len(shape) != 2:
+        return False
+    rows, size = key[1 - dim], shape[1 - dim]
+    if isinstance(rows, Leaf):
+        return rows.shape == (size,) and rows.counts()
+    return isinstance(rows, (list, range)) and list(rows) == list(range(size))
+
+
+def clamp(a: Term, minimum: float | None, maximum: float | None) -> Term:
+    """Bounds above zero for p are bounds for l: log is increasing."""
+    if minimum is not None:
+        a = Apply(ops.CLAMP_MIN, (a,), a.shape, constant=minimum)
+    if maximum is not None:
+        a = Apply(ops.CLAMP_MAX, (build.positive(a),), a.shape, constant=maximum)
+    return a
+
+
+def scatter_add(a: Term, b: Term, dim: int, index: Leaf) -> Term:
+    """The logarithm of p after q was added to it at the places of an index."""
+    if a.signed or b.signed or b.shape != index.shape:
+        raise Unrecognised
+    return Apply(ops.SCATTER_ADD, (a, b), a.shape, dim=dim, index=index)

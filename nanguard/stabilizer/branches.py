@@ -1,0 +1,181 @@
+"""The trap of `torch.where`: a branch that is not taken spoils the gradient all the same.
+
+In ``torch.where(x > 0, torch.log(x), 0)`` the value at x = 0 is 0, but its gradient is 0 * inf = NaN: the derivative of the
+branch is multiplied by a zero, not left out. What was computed from logarithms, quotients, roots or exponentials is remembered
+here, so that the branch can be computed anew with harmless numbers where it is not taken. Taken elements keep their value to
+the last bit.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from nanguard.algebra import Law, Spelling
+from nanguard.stabilizer.knowledge import is_plain
+
+__all__ = ["Branches"]
+
+# No function that is remembered has an infinite value or derivative there.
+HARMLESS = 0.5
+# Of these the derivative is infinite where the value is 0.
+_ROOTS = frozenset({"sqrt", "pow"})
+# Branches are short; a longer computation is a network.
+LONGEST = 12
+
+
+@final
+class _Step:
+    """How one tensor was computed; `function` is `None` where that is not to be repeated."""
+
+    __slots__ = ("arguments", "function", "length", "options", "region", "result", "root", "versions")
+
+    def __init__(
+        self,
+        result: weakref.ref[Tensor],
+        function: Callable[..., Any] | None,
+        arguments: tuple[Any, ...],
+        options: Mapping[str, Any],
+        length: int,
+        root: bool,
+        region: object,
+    ) -> None:
+        self.result = result
+        self.function = function
+        self.arguments = arguments
+        self.options = options
+        self.length = length
+        self.root = root
+        self.region = region
+        self.versions = tuple(entry._version for entry in arguments if isinstance(entry, Tensor))
+
+    def holds(self) -> bool:
+        """Whether nothing that it was computed from has been edited since."""
+        return self.versions == tuple(entry._version for entry in self.arguments if isinstance(entry, Tensor))
+
+
+@final
+class Branches:
+    """What may become a branch, for as long as it is alive.
+
+    Attributes:
+        region: the checkpointed region that the code is in; what was computed outside is not known when it is recomputed.
+    """
+
+    def __init__(self) -> None:
+        self._steps: dict[int, _Step] = {}
+        self.region: object = None
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._steps.clear()
+
+    def note(
+        self,
+        law: Law,
+        spelling: Spelling,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+    ) -> None:
+        """Remember how a result was computed, where that is a function with infinite derivatives, or follows one."""
+        if not isinstance(result, Tensor) or not result.requires_grad or spelling.in_place or "out" in kwargs:
+            return
+        steps = [step for step in map(self._find, args) if step is not None]
+        if law.branch != "singular" and not steps:
+            return
+        length = 1 + sum(step.length for step in steps)
+        if length > LONGEST or not is_plain(result):
+            return
+        # What has been made stable already is not computed anew, but what is multiplied by it is.
+        stable = type(result.grad_fn).__name__.startswith("_Graft")
+        key = id(result)
+        step = _Step(
+            weakref.ref(result, lambda _: self._drop(key, step)),
+            None if stable else function,
+            () if stable else args,
+            {} if stable else dict(kwargs),
+            length,
+            law.name in _ROOTS or any(known.root for known in steps),
+            self.region,
+        )
+        self._steps[key] = step
+
+    def selected(self, law: Law, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The result of a selection with branches that are harmless where not taken; `None` where they are so already."""
+        if not self._steps or not any(id(entry) in self._steps for entry in (*args, *kwargs.values())):
+            return None
+        bound = spelling.bind(args, kwargs)
+        with torch._C.DisableTorchFunction():
+            return None if bound is None else self._select(law.name, bound)
+
+    def _select(self, name: str, bound: Mapping[str, Any]) -> Tensor | None:
+        if name == "nan_to_num":
+            value: Tensor = bound["input"]
+            options = {key: bound[key] for key in ("nan", "posinf", "neginf")}
+            taken = self._anew(value, value.detach().isfinite())
+            return None if taken is None else torch.where(value.isfinite(), taken, value.detach().nan_to_num(**options))
+        if name == "masked_fill":
+            mask: Tensor = bound["mask"]
+            taken = self._anew(bound["input"], ~mask)
+            return None if taken is None else taken.masked_fill(mask, bound["value"])
+        condition: Tensor = bound["condition"]
+        one, other = self._anew(bound["input"], condition), self._anew(bound["other"], ~condition)
+        if one is None and other is None:
+            return None
+        return torch.where(
+            condition, bound["input"] if one is None else one, bound["other"] if other is None else other
+        )
+
+    def _anew(self, branch: Any, taken: Tensor) -> Tensor | None:
+        step = self._find(branch)
+        if step is None or taken.dtype != torch.bool or not _is_trap(branch, taken, step.root):
+            return None
+        computed = self._replayed(step, taken)
+        return computed if computed is not None and computed.shape == branch.shape else None
+
+    def _replayed(self, step: _Step, taken: Tensor) -> Tensor | None:
+        if step.function is None or not step.holds():
+            return None
+        arguments = [self._harmless(entry, taken) for entry in step.arguments]
+        result: Tensor = step.function(*arguments, **step.options)
+        return result
+
+    def _harmless(self, entry: Any, taken: Tensor) -> Any:
+        if not isinstance(entry, Tensor) or not entry.requires_grad:
+            return entry
+        step = self._find(entry)
+        anew = None if step is None else self._replayed(step, taken)
+        if anew is not None:
+            return anew
+        # Elsewhere it is no matter of one element: a derivative would be summed over taken and other ones.
+        if torch.broadcast_shapes(entry.shape, taken.shape) != entry.shape:
+            return entry
+        return torch.where(taken, entry, HARMLESS)
+
+    def _find(self, value: Any) -> _Step | None:
+        step = self._steps.get(id(value))
+        return step if step is not None and step.result() is value and step.region is self.region else None
+
+    def _drop(self, key: int, step: _Step) -> None:
+        if self._steps.get(key) is step:
+            del self._steps[key]
+
+
+def _is_trap(branch: Tensor, taken: Tensor, root: bool) -> bool:
+    """Whether an element that is not taken may have an infinite derivative; elsewhere than on a CPU that is not waited for."""
+    if branch.device.type != "cpu":
+        return True
+    value = branch.detach()
+    suspicious = ~value.isfinite()
+    if root:
+        suspicious |= value == 0
+    return bool((suspicious & ~taken).any())

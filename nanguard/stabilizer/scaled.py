@@ -1,0 +1,192 @@
+"""Numbers of either sign, far beyond the range of floats: a factor times an exponential.
+
+A `Scaled` stands for factor * exp(log). Which part of a number stands in the factor and which in the exponent is free, and
+never shows in values or derivatives. So sums are formed after their largest exponent has been taken out, as logsumexp does,
+with weights of either sign, and quotients of sums lose nothing to the size of their exponents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Scaled",
+    "difference",
+    "logarithm",
+    "moved",
+    "number",
+    "product",
+    "quotient",
+    "running_total",
+    "total",
+    "weighed",
+]
+
+
+class Scaled(NamedTuple):
+    """The number factor * exp(log), both of one shape; a factor of `None` is 1."""
+
+    log: Tensor
+    factor: Tensor | None = None
+
+
+def logarithm(number: Scaled, *, floor: bool = False) -> Tensor:
+    """The logarithm, which is NaN for negative numbers, or -inf with `floor`. At 0 it is -inf with derivative 0."""
+    log, factor = number
+    if factor is None:
+        return log
+    if floor:
+        factor = factor.clamp(min=0)
+    zero = factor.detach() == 0
+    return log + factor.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
+
+
+def moved(function: Callable[..., Tensor], numbers: list[Scaled]) -> Scaled:
+    """What a function that only moves elements makes of numbers."""
+    logs = function(*(number.log for number in numbers))
+    if all(number.factor is None for number in numbers):
+        return Scaled(logs)
+    return Scaled(logs, function(*(_factor(number) for number in numbers)))
+
+
+def product(a: Scaled, b: Scaled) -> Scaled:
+    """P q."""
+    log = a.log + b.log
+    if a.factor is None or b.factor is None:
+        return _of(log, a.factor if b.factor is None else b.factor)
+    return Scaled(log, a.factor * b.factor)
+
+
+def quotient(a: Scaled, b: Scaled) -> Scaled:
+    """P / q."""
+    log = a.log - b.log
+    if b.factor is None:
+        return _of(log, a.factor)
+    return _of(log, b.factor.reciprocal() if a.factor is None else a.factor / b.factor)
+
+
+def power(a: Scaled, exponent: int) -> Scaled:
+    """The power p^k of a positive integer k."""
+    return Scaled(exponent * a.log, None if a.factor is None else a.factor**exponent)
+
+
+def weighed(a: Scaled, weight: Tensor) -> Scaled:
+    """W p."""
+    log, weight = torch.broadcast_tensors(a.log, weight)
+    return Scaled(log, weight if a.factor is None else a.factor * weight)
+
+
+def negative(a: Scaled) -> Scaled:
+    """-p."""
+    return Scaled(a.log, -_factor(a))
+
+
+def total(a: Scaled, dim: tuple[int, ...], keepdim: bool) -> Scaled:
+    """The sum over `dim`."""
+    log, largest = _shifted(a, lambda visible: visible.amax(dim, keepdim=True))
+    terms = torch.exp(log - _finite(largest))
+    factor = (terms if a.factor is None else terms * a.factor).sum(dim, keepdim=keepdim)
+    return Scaled(_empty(largest).reshape(factor.shape), factor)
+
+
+def running_total(a: Scaled, dim: int) -> Scaled:
+    """The cumulated sum along `dim`."""
+    log, largest = _shifted(a, lambda visible: visible.amax(dim, keepdim=True))
+    terms = torch.exp(log - _finite(largest))
+    return Scaled(_empty(largest).expand_as(terms), (terms if a.factor is None else terms * a.factor).cumsum(dim))
+
+
+def added(a: Scaled, b: Scaled) -> Scaled:
+    """P + q, with broadcasting."""
+    pair = [Scaled(log, factor) for log, factor in zip(*_broadcast(a, b), strict=True)]
+    (one, _), (other, _) = (_shifted(number, lambda visible: visible) for number in pair)
+    largest = torch.maximum(_visible(pair[0]), _visible(pair[1]))
+    shift = _finite(largest)
+    terms = torch.exp(one - shift), torch.exp(other - shift)
+    weighted = [
+        term if number.factor is None else term * number.factor for term, number in zip(terms, pair, strict=True)
+    ]
+    return Scaled(_empty(largest), weighted[0] + weighted[1])
+
+
+def difference(a: Scaled, b: Scaled) -> Scaled:
+    """P - q; of two positive numbers it keeps all the digits that their logarithms have."""
+    if a.factor is not None or b.factor is not None:
+        return added(a, negative(b))
+    high, lost = _gap(a.log, b.log)
+    return Scaled(high, lost)
+
+
+def _gap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The larger, and 1 - e^-|a - b| with the sign of a - b."""
+    swap = b.detach() > a.detach()
+    high, low = torch.where(swap, b, a), torch.where(swap, a, b)
+    # Infinities of the same sign have no gap.
+    equal = (low.detach() == high.detach()) & high.detach().isinf()
+    gap = (low - high.masked_fill(equal, 0.0)).masked_fill(equal, 0.0)
+    lost = torch.expm1(gap)
+    return high, torch.where(swap, lost, -lost) + 0.0  # no -0, whose reciprocal has the other sign
+
+
+def number(value: Scaled) -> Tensor:
+    """The number itself."""
+    log, factor = value
+    if factor is None:
+        return torch.exp(log)
+    nothing = (factor.detach() == 0) & torch.exp(log.detach()).isinf()
+    return torch.exp(log.masked_fill(nothing, 0.0)) * factor
+
+
+def _of(log: Tensor, factor: Tensor | None) -> Scaled:
+    return Scaled(log, None if factor is None else factor.expand(log.shape))
+
+
+def between_sigmoids(x: Tensor, y: Tensor) -> Scaled:
+    """The difference sigmoid(x) - sigmoid(y) = sigmoid(x) sigmoid(-y) (1 - e^(y - x)); its mirror image where x < y."""
+    x, y = torch.broadcast_tensors(x, y)
+    log = torch.nn.functional.logsigmoid(torch.maximum(x, y)) + torch.nn.functional.logsigmoid(-torch.minimum(x, y))
+    return Scaled(log, _gap(x, y)[1])
+
+
+def _factor(number: Scaled) -> Tensor:
+    return torch.ones_like(number.log.detach()) if number.factor is None else number.factor
+
+
+def _broadcast(a: Scaled, b: Scaled) -> tuple[list[Tensor], list[Any]]:
+    logs = torch.broadcast_tensors(a.log, b.log)
+    factors = [None if number.factor is None else number.factor.expand(logs[0].shape) for number in (a, b)]
+    return list(logs), factors
+
+
+def _hidden(number: Scaled) -> Tensor | None:
+    """Where an exponent does not count because the factor is 0. A derivative at the factor would need it."""
+    if number.factor is None or number.factor.requires_grad:
+        return None
+    return number.factor == 0
+
+
+def _visible(number: Scaled) -> Tensor:
+    hidden, log = _hidden(number), number.log.detach()
+    return log if hidden is None else log.masked_fill(hidden, -math.inf)
+
+
+def _shifted(number: Scaled, largest: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Exponents without those that do not count, and the largest of them."""
+    hidden = _hidden(number)
+    log = number.log if hidden is None else number.log.masked_fill(hidden, -math.inf)
+    return log, largest(log.detach())
+
+
+def _finite(largest: Tensor) -> Tensor:
+    """What can be subtracted from exponents."""
+    return largest.masked_fill(largest.isinf(), 0.0)
+
+
+def _empty(largest: Tensor) -> Tensor:
+    """The same as an exponent: that of an empty sum stays -inf, so that nothing is compared to it later."""
+    return largest.masked_fill(largest == math.inf, 0.0)
