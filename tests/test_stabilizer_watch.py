@@ -61,3 +61,11 @@ def test_shared_nodes_are_visited_once():
     for _ in range(60):
         value = value + value
     assert not has_unstable_ops(value.sum())
+
+
+def test_what_is_compiled_counts_because_it_cannot_be_seen():
+    torch._dynamo.reset()
+    x = torch.randn(4, 3, requires_grad=True)
+    loss = torch.compile(lambda x: F.cross_entropy(x, torch.arange(4) % 3), backend="aot_eager")(x)
+    assert has_unstable_ops(loss)
+    assert has_unstable_ops(loss * 2 + x.sum())

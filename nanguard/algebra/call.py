@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, final
 
 from nanguard.algebra.operators import FULL
@@ -14,7 +13,6 @@ __all__ = ["Call", "Operand"]
 
 
 @final
-@dataclass(frozen=True)
 class Operand:
     """A tensor among the arguments.
 
@@ -26,15 +24,24 @@ class Operand:
         constant: the number that all its elements are, where that is known.
     """
 
-    leaf: Leaf
-    log: Term | None = None
-    trusted: bool = True
-    real: bool = True
-    constant: float | None = None
+    __slots__ = ("constant", "leaf", "log", "real", "trusted")
+
+    def __init__(
+        self,
+        leaf: Leaf,
+        log: Term | None = None,
+        trusted: bool = True,
+        real: bool = True,
+        constant: float | None = None,
+    ) -> None:
+        self.leaf = leaf
+        self.log = log
+        self.trusted = trusted
+        self.real = real
+        self.constant = constant
 
 
 @final
-@dataclass(frozen=True)
 class Call:
     """One call of an operation, in canonical form.
 
@@ -49,11 +56,21 @@ class Call:
     Front ends ask laws only about results of a real floating dtype on the device of the operands.
     """
 
-    arguments: Mapping[str, Any]
-    shape: Shape = ()
-    position: int = 0
-    shapes: tuple[Shape, ...] = ()
-    same_dtype: bool = True
+    __slots__ = ("arguments", "position", "same_dtype", "shape", "shapes")
+
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        shape: Shape = (),
+        position: int = 0,
+        shapes: tuple[Shape, ...] = (),
+        same_dtype: bool = True,
+    ) -> None:
+        self.arguments = arguments
+        self.shape = shape
+        self.position = position
+        self.shapes = shapes
+        self.same_dtype = same_dtype
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

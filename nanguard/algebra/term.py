@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, ValuesView
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, final
 
@@ -16,7 +16,7 @@ class Unrecognised(Exception):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there is one of each, and comparing them is what rules do all the time
 class Operator:
     """One operation that a term may consist of.
 
@@ -45,7 +45,6 @@ def _never() -> bool:
 
 
 @final
-@dataclass(frozen=True, eq=False)
 class Leaf:
     """A tensor as it was when it was recorded.
 
@@ -57,19 +56,32 @@ class Leaf:
         counts: tells whether it is known to hold 0, 1, 2, ...
     """
 
-    value: Any
-    shape: Shape
-    version: int = 0
-    tracked: bool = True
-    counts: Callable[[], bool] = _never
+    __slots__ = ("counts", "shape", "tracked", "value", "version")
 
     size = 1
     signed = False
+
+    def __init__(
+        self,
+        value: Any,
+        shape: Shape,
+        version: int = 0,
+        tracked: bool = True,
+        counts: Callable[[], bool] = _never,
+    ) -> None:
+        self.value = value
+        self.shape = shape
+        self.version = version
+        self.tracked = tracked
+        self.counts = counts
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
         """The leaf itself."""
         return (self,)
+
+    def __repr__(self) -> str:
+        return f"Leaf{self.shape}"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Leaf):
@@ -101,11 +113,15 @@ class Apply:
         self.args = args
         self.shape = shape
         self.params = params
-        self.size: int = 1 + sum(arg.size for arg in args)
-        own = tuple(_parameter_leaves(params.values())) if params else ()
-        self.leaves: tuple[Leaf, ...] = sum((arg.leaves for arg in args), own)
-        inherited = operator.sign == "as arguments" and any(arg.signed for arg in args)
-        self.signed: bool = operator.sign == "any" or inherited
+        size, signed = 1, operator.sign == "any"
+        leaves = tuple(_parameter_leaves(params.values())) if params else ()
+        for arg in args:
+            size += arg.size
+            leaves = leaves + arg.leaves
+            signed = signed or (arg.signed and operator.sign == "as arguments")
+        self.size: int = size
+        self.leaves: tuple[Leaf, ...] = leaves
+        self.signed: bool = signed
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -140,11 +156,12 @@ def untracked(term: Term) -> Term:
     return map_leaves(lambda leaf: Leaf(leaf.value, leaf.shape, leaf.version, False) if leaf.tracked else leaf, term)
 
 
-def _parameter_leaves(value: Any) -> Iterator[Leaf]:
-    if isinstance(value, Leaf):
-        yield value
-    elif isinstance(value, (tuple, list, ValuesView)):
-        for entry in value:
-            yield from _parameter_leaves(entry)
-    elif isinstance(value, slice):
-        yield from _parameter_leaves((value.start, value.stop, value.step))
+def _parameter_leaves(values: Iterable[Any]) -> Iterator[Leaf]:
+    for value in values:
+        kind = type(value)
+        if kind is Leaf:
+            yield value
+        elif kind is tuple or kind is list:
+            yield from _parameter_leaves(value)
+        elif kind is slice:
+            yield from _parameter_leaves((value.start, value.stop, value.step))

@@ -12,7 +12,8 @@ from nanguard.stabilizer.regions import Recomputation
 __all__ = ["has_unstable_ops"]
 
 # A logarithm, or the graft that took the place of one or of a quotient, is enough; an exponential needs something that divides.
-_ALONE = ("Log", "Log2", "Log10", "Log1P", "BinaryCrossEntropy", "_Graft", "_GraftInPlace")
+# What was compiled cannot be seen, and would be compiled anew, without a guard, once the stabiliser is off.
+_ALONE = ("Log", "Log2", "Log10", "Log1P", "BinaryCrossEntropy", "_Graft", "_GraftInPlace", "CompiledFunction")
 _DIVISIONS = ("Div", "Reciprocal", "Pow")
 _REENTRANT = CheckpointFunction.__name__
 
@@ -33,8 +34,8 @@ def has_unstable_ops(loss: Tensor, limit: int | None = None) -> bool:
 
     That is a logarithm of any base, a binary cross-entropy of probabilities, or an exponential together with a division.
     `log_softmax`, `cross_entropy`, `logsumexp` and the built-in softmax (attention) are stable as they are and do not count.
-    The inside of compiled regions and custom functions cannot be seen, and that of reentrant checkpoints only in so far as
-    something was replaced there.
+    The inside of compiled regions cannot be seen, so that they always count; that of custom functions cannot either, and that
+    of reentrant checkpoints only in so far as something was replaced there.
 
     Arguments:
         loss: any tensor; the answer is `False` for one without a graph.

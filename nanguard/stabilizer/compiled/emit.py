@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, final
 
@@ -100,7 +99,7 @@ def _rebuilt(value: Any, known: dict[int, Any], change: Callable[[Any], Any]) ->
 def _rebuilt_term(term: Term, known: dict[int, Any], change: Callable[[Any], Any]) -> Term:
     shape = _rebuilt(term.shape, known, change)
     if isinstance(term, Leaf):
-        return dataclasses.replace(term, value=change(term.value), shape=shape)
+        return Leaf(change(term.value), shape, term.version, term.tracked, term.counts)
     params = {name: _rebuilt(param, known, change) for name, param in term.params.items()}
     return Apply(term.operator, tuple(_rebuilt(arg, known, change) for arg in term.args), shape, **params)
 

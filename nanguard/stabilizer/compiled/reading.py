@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import operator
 from collections.abc import Mapping
 from typing import Any, Protocol, final
@@ -243,9 +242,9 @@ class Reading:
         value = example(node)
         # In memory that is edited somewhere, the example tells what it became in the end.
         tracked = value.requires_grad or self._knowledge.memory.is_edited(value)
-        leaf = Leaf(source, shape_of(source, value), self._knowledge.version(value), tracked)
-        counts = value.ndim == 1 and counts_up(first, leaf.shape[0])
-        return dataclasses.replace(leaf, counts=lambda: True) if counts else leaf
+        shape = shape_of(source, value)
+        counts = value.ndim == 1 and counts_up(first, shape[0])
+        return Leaf(source, shape, self._knowledge.version(value), tracked, lambda: counts)
 
     def _number(self, node: fx.Node) -> Any:
         value = example(node)
