@@ -47,7 +47,24 @@ STEPS = {
     "rows apart": lambda p: torch.stack(p.unbind(0)),
     "halves": lambda p: torch.cat(p.chunk(2)),
     "reciprocal twice": lambda p: 1 / (1 / p),
+    "running total": lambda p: p.cumsum(-1),
+    "running product": lambda p: p.cumprod(-1),
+    "product": lambda p: p.prod(0, keepdim=True).expand(p.shape),
+    "other way round": lambda p: p.flip(0),
+    "in order": lambda p: p.sort(-1).values,
+    "largest": lambda p: p.amax(-1, keepdim=True).expand(p.shape),
+    "larger": lambda p: torch.maximum(p, p.flip(0)),
+    "share of two": lambda p: p / (p + p.flip(0)),
+    "mixed": lambda p: torch.lerp(p, p.flip(0), 0.3),
+    "transitions": lambda p: p @ MATRIX.to(p)[: p.shape[-1], : p.shape[-1]],
+    "contracted": lambda p: (
+        torch.einsum("...j,jk->...k", p, MATRIX.to(p)) if p.ndim < 2 else p.mm(MATRIX.to(p)[: p.shape[1]])
+    ),
+    "weighted": lambda p: (p * (1 + torch.arange(p.shape[-1])) / 4).sum(-1, keepdim=True).expand(p.shape),
+    "scattered": lambda p: torch.zeros_like(p).scatter_add(0, torch.zeros_like(p, dtype=torch.long), p) + p,
+    "chosen": lambda p: torch.where(torch.arange(p.shape[-1]) % 2 == 0, p, p.flip(-1)),
 }
+MATRIX = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.5, 0.3], [0.0, 0.1, 0.9]])
 
 
 def compute(x, source, steps):
@@ -58,9 +75,28 @@ def compute(x, source, steps):
 
 
 # These multiply the size of a term, and too large a term is forgotten.
-GROWING = {"doubled", "stacked", "rows apart", "halves", "with itself", "sum with itself", "share"}
+GROWING = {
+    "share of two",
+    "mixed",
+    "scattered",
+    "chosen",
+    "larger",
+    "doubled",
+    "stacked",
+    "rows apart",
+    "halves",
+    "with itself",
+    "sum with itself",
+    "share",
+}
 chains = st.lists(st.sampled_from(sorted(STEPS)), max_size=5)
 chains = chains.filter(lambda steps: sum(step in GROWING for step in steps) <= 2)
+# A tensor of either sign ends what is known about the sign: only sums and the logarithm itself follow.
+WEIGHTED = {"transitions", "contracted", "weighted"}
+chains = chains.filter(lambda steps: not WEIGHTED & set(steps[:-1]))
+# These multiply logarithms, until float64 is too small for the reference, too.
+POWERS = {"product", "running product", "squared", "with itself"}
+chains = chains.filter(lambda steps: sum(step in POWERS for step in steps) <= 2)
 
 
 def outcome(x, source, steps, weights):

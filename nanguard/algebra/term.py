@@ -153,6 +153,8 @@ def map_leaves(change: Callable[[Leaf], Leaf], term: Term) -> Term:
 
 def untracked(term: Term) -> Term:
     """The same value without derivatives: detaching commutes with everything, so it happens at the leaves."""
+    if not any(leaf.tracked for leaf in term.leaves):
+        return term
     return map_leaves(lambda leaf: Leaf(leaf.value, leaf.shape, leaf.version, False) if leaf.tracked else leaf, term)
 
 

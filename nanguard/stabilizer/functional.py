@@ -86,6 +86,8 @@ def logcumsumexp(l: Tensor, dim: int) -> Tensor:  # noqa: E741
 
 def log_others(l: Tensor, dim: int) -> Tensor:  # noqa: E741
     """For each element, the logarithm of the sum of exp(l) over all others along `dim`."""
+    if not l.numel():
+        return l.clone()
     shift = _largest(l, dim)
     total, rest = _with_and_without(l - shift, dim)
     return rest + total + shift
@@ -93,7 +95,7 @@ def log_others(l: Tensor, dim: int) -> Tensor:  # noqa: E741
 
 def log_rest(l: Tensor, dim: int) -> Tensor:  # noqa: E741
     """log(1 - softmax(l)) with all its digits, also where the softmax rounds to 1."""
-    return _with_and_without(l - _largest(l, dim), dim)[1]
+    return _with_and_without(l - _largest(l, dim), dim)[1] if l.numel() else l.clone()
 
 
 def _largest(l: Tensor, dim: int) -> Tensor:  # noqa: E741

@@ -59,13 +59,16 @@ def _laid_out(naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, pl
 
 
 def _without_new_nan(result: Tensor, naive: Tensor, plain: Derivative) -> Tensor:
-    if result.device.type == "cpu" and result.numel() > _MANY and not result.detach().sum().isnan():
-        return result  # one pass, and no memory
-    nan = torch.isnan(result)
-    if result.device.type == "cpu" and not bool(nan.any()):  # elsewhere the question would wait for the device
-        return result
+    """The plain value where the stable one is NaN, or infinite although the plain one is not: digits are lost in both."""
+    if result.device.type == "cpu":  # elsewhere the question would wait for the device
+        if result.numel() > _MANY and result.detach().sum().isfinite():
+            return result  # one pass, and no memory
+        if bool(result.isfinite().all()):
+            return result
     with torch._C.DisableTorchFunction():
-        repaired = torch.where(nan, plain(naive).to(result.dtype), result)
+        original = plain(naive).to(result.dtype)
+        worse = result.isnan() | (result.isinf() & original.isfinite())
+        repaired = torch.where(worse, original, result)
         return repaired if _is_watched() else result.copy_(repaired)
 
 

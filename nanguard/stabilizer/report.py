@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import CodeType, FrameType
-from typing import Any, TypeVar, final
+from typing import Any, TypeAlias, TypeVar, final
 
 from nanguard.algebra import Rule, Term
 from nanguard.algebra.render import replacement
@@ -17,6 +17,9 @@ from nanguard.telling import tell_advice
 __all__ = ["Note", "Report", "Swaps"]
 
 Entry = TypeVar("Entry", Swap, Advice)
+
+# Code objects of two files are equal where their lines are: the name of the file tells them apart.
+Place: TypeAlias = "tuple[CodeType, str, int, str]"
 
 
 @final
@@ -79,8 +82,8 @@ class Report:
         self.advice = _advice_of(swaps) if advice is None else advice
         self._silent = silent
         self._tells = tells
-        self._seen: dict[tuple[CodeType, int, str], Swap] = {}
-        self._notes: dict[tuple[CodeType, int, str], Note] = {}
+        self._seen: dict[Place, Swap] = {}
+        self._notes: dict[Place, Note] = {}
         self._untold: list[tuple[Advice, dict[Any, Any]]] = []
         self._open = 0
 
@@ -89,7 +92,7 @@ class Report:
         if self._silent:
             return
         frame = user_frame()
-        key = (frame.f_code, frame.f_lasti, rule.code)
+        key = _place(frame, rule)
         known = self._seen.get(key)
         if known is None:
             line, original, text = _described(key, frame, rule, term)
@@ -112,7 +115,7 @@ class Report:
         if self._silent:
             return None
         frame = user_frame()
-        key = (frame.f_code, frame.f_lasti, rule.code)
+        key = _place(frame, rule)
         note = self._notes.get(key)
         if note is None:
             line, original = expression(frame)
@@ -157,11 +160,15 @@ class Report:
 
 
 # What was written about places before: a loop may enter a block of its own in every step.
-_DESCRIBED: dict[tuple[CodeType, int, str], tuple[int, str, str]] = {}
+_DESCRIBED: dict[Place, tuple[int, str, str]] = {}
 _MOST_PLACES = 4096
 
 
-def _described(key: tuple[CodeType, int, str], frame: FrameType, rule: Rule, term: Term) -> tuple[int, str, str]:
+def _place(frame: FrameType, rule: Rule) -> Place:
+    return frame.f_code, frame.f_code.co_filename, frame.f_lasti, rule.code
+
+
+def _described(key: Place, frame: FrameType, rule: Rule, term: Term) -> tuple[int, str, str]:
     """Line and source of a place, and what to write instead."""
     found = _DESCRIBED.get(key)
     if found is None:

@@ -78,6 +78,8 @@ def power(a: Scaled, exponent: int) -> Scaled:
 def weighed(a: Scaled, weight: Tensor) -> Scaled:
     """W p."""
     log, weight = torch.broadcast_tensors(a.log, weight)
+    if not weight.requires_grad:  # what weighs nothing is nothing to compare others to
+        log = log.masked_fill(weight == 0, -math.inf)
     return Scaled(log, weight if a.factor is None else a.factor * weight)
 
 

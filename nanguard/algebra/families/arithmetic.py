@@ -87,8 +87,8 @@ def _times(log: Term, constant: float) -> Term:
 def div(call: Call) -> Term:
     if call.arguments.get("rounding_mode") is not None:
         raise Unrecognised
-    if call.known("input") and is_disguised(call.log("input")):  # masked after the softmax: no longer a softmax
-        raise Unrecognised
+    if not call.is_number("other") and call.known("input") and is_disguised(call.log("input")):
+        raise Unrecognised  # masked after the softmax, and renormalised by something: no longer a softmax
     if call.known("input") and call.known("other"):
         return build.subtract(*_aligned(call.log("input"), call.log("other")))
     if call.is_number("input"):
