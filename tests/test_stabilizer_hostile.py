@@ -157,3 +157,71 @@ def test_names_that_stand_for_something_else_are_not_suggested():
 
     _, swaps = stabilized(sigmoid)
     assert swaps[0].replacement == "torch.sigmoid(logits)"
+
+
+def _slope(function, values, dtype=torch.float32):
+    point = torch.tensor(values, dtype=dtype, requires_grad=True)
+    value = function(point)
+    return value.detach().double(), torch.autograd.grad(value.sum(), point)[0].double()
+
+
+RATIOS = {
+    "clipped importance ratio": lambda r: torch.min(r, r.clamp(0.8, 1.2)),
+    "bound": lambda r: r.clamp(max=1.0),
+    "minimum": lambda r: torch.minimum(r, torch.ones_like(r)),
+    "choice": lambda r: torch.where(r < 10, r, 10.0),
+    "mask": lambda r: r.masked_fill(torch.tensor([True, False]), 0.0),
+    "tanh": torch.tanh,
+}
+
+
+@pytest.mark.parametrize("loss", RATIOS.values(), ids=RATIOS)
+@pytest.mark.parametrize(
+    "ratio", [lambda a: a.softmax(0) / OLD, lambda a: a.exp() / torch.tensor([-30.0, -10.0]).exp()]
+)
+def test_a_ratio_that_overflows_brings_no_nan_where_nobody_asks_for_its_derivative(loss, ratio):
+    values = [5.0, 0.0] if ratio(torch.zeros(2)).sum() > 1e20 else [80.0, -10.0]
+    (_, plain), ((_, guarded), _) = (
+        _slope(lambda a: loss(ratio(a)), values),
+        stabilized(_slope, lambda a: loss(ratio(a)), values),
+    )
+    torch.testing.assert_close(guarded, plain)
+
+
+OLD = torch.tensor([-95.0, 0.0]).softmax(0)
+
+DIFFERENCES = {
+    "epsilon": (lambda d: torch.log(1 - torch.exp(-d) + 1e-8), [0.0, 1.0]),
+    "larger epsilon": (lambda d: torch.log(1 - torch.exp(-d) + 1e-6), [0.0, 1.0]),
+    "small epsilon": (lambda d: torch.log(1 - torch.exp(-d) + 1e-12), [1e-30, 1.0]),
+    "epsilon first": (lambda d: torch.log(1 + 1e-8 - torch.exp(-d)), [0.0, 1.0]),
+    "odds": (lambda d: torch.log(torch.exp(-d) / (1 - torch.exp(-d) + 1e-8)), [0.0, 1.0]),
+    "far below": (lambda z: torch.log(1 - z.exp()), [-8.0, -12.0, -16.0, -20.0, -50.0]),
+    "close": (lambda z: torch.log(1 - z.exp()), [-1e-6, -0.1, -0.69, -0.7]),
+    "log1p": (lambda z: torch.log1p(-z.exp()), [-8.0, -12.0, -16.0, -20.0]),
+    "square": (lambda z: torch.log(1 - torch.exp(z) ** 2), [-5.0, -10.0]),
+    "other constant": (lambda z: torch.log(2 - torch.exp(z)), [-5.0, -10.0]),
+    "share": (lambda z: torch.log(1 - 0.5 * torch.exp(z)), [-5.0, -10.0]),
+    "sinh": (lambda x: torch.log(torch.sinh(x)), [1e-5, 1.0, 200.0]),
+}
+
+
+@pytest.mark.parametrize(("function", "values"), DIFFERENCES.values(), ids=DIFFERENCES)
+def test_a_difference_keeps_its_digits_and_its_epsilon(function, values):
+    (value, slope), swaps = stabilized(_slope, function, values)
+    assert swaps
+    # The numbers as they are in float32.
+    exact, expected = _slope(function, torch.tensor(values).double().tolist(), torch.float64)
+    torch.testing.assert_close(value, exact, rtol=3e-6, atol=1e-9)
+    torch.testing.assert_close(slope, expected, rtol=3e-6, atol=1e-12)
+
+
+def test_an_infinite_derivative_stays():
+    (_, slope), _ = stabilized(_slope, lambda d: torch.log(1 - torch.exp(-d)), [0.0])
+    assert slope.item() == float("inf")
+
+
+def test_no_classes_and_no_rows():
+    for shape in ((3, 0), (0, 3)):
+        value, _ = stabilized(lambda x: torch.log(1 - torch.softmax(x, 1)), torch.randn(shape))
+        assert value.shape == shape

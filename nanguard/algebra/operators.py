@@ -28,7 +28,7 @@ LOG_OTHERS = Operator("log_others", f"{_STABLE}.log_others", "log_sum_of_others(
 LOG_REST = Operator("log_rest", f"{_STABLE}.log_rest", "torch.log1p(-F.softmax({0}, dim={dim}))")
 SOFTMAX = Operator("softmax", "torch.nn.functional.softmax", "F.softmax({0}, dim={dim})", fresh=False)
 SIGMOID = Operator("sigmoid", f"{_STABLE}.sigmoid", "torch.sigmoid({0})", fresh=False)
-EXPONENTIAL = Operator("exponential", "torch.exp", "torch.exp({0})", fresh=False)
+EXPONENTIAL = Operator("exponential", f"{_STABLE}.exponential", "torch.exp({0})", fresh=False)
 
 # Products of a number and its logarithm.
 XLOGY = Operator("xlogy", f"{_STABLE}.xlogy", "{1} * {0}", infix=True)

@@ -25,6 +25,10 @@ from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term, Unrecognis
 __all__ = ["clamp", "complement", "difference", "full", "logaddexp", "logsumexp", "plus_constant", "weigh"]
 
 
+# A constant that differs from 1 by less is 1 and an epsilon.
+_CLOSE = 1e-2
+
+
 def logsumexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
     """Rests on log sum p = logsumexp l."""
     return _total(ops.LOGSUMEXP, a, dims, keepdim)
@@ -80,15 +84,17 @@ def plus_constant(a: Term, constant: float) -> Term:
     if isinstance(a, Apply):
         if a.operator is ops.MINUS:
             return complement(a.args[0], constant) if constant > 0 else minus(plus_constant(a.args[0], -constant))
+        if a.operator is ops.DIFFERENCE:
+            first, second = (_constant(arg) for arg in a.args)
+            if second == constant:  # p - c + c
+                return a.args[0]
+            if first == -constant:  # c - p - c
+                return minus(a.args[1])
         if a.operator is ops.EXPM1:
             return plus_constant(a.args[0], constant - 1.0)
         scale, tanh = _times_tanh(a)
         if tanh is not None and math.isclose(constant, scale, rel_tol=1e-12):
             return build.shift(_twice_sigmoid(tanh, 2.0), math.log(scale))
-        if a.operator is ops.DIFFERENCE:
-            merged = _merged(a.args[0], a.args[1], constant)
-            if merged is not None:
-                return merged
     if constant < 0:
         return difference(a, full(-constant, a.shape))
     return Apply(ops.PLUS_CONSTANT, (a,), a.shape, constant=constant)
@@ -102,13 +108,8 @@ def _times_tanh(a: Apply) -> tuple[float, Term | None]:
     return math.exp(a.params["other"]) if a.operator is ops.SHIFT else 1.0, inner.args[0]
 
 
-def _merged(a: Term, b: Term, constant: float) -> Term | None:
-    """C - p + d = (c + d) - p, and p - c + d = p + (d - c): one constant keeps the digits that two would lose."""
-    if isinstance(a, Apply) and a.operator is ops.FULL and a.params["constant"] + constant > 0:
-        return complement(b, a.params["constant"] + constant)
-    if isinstance(b, Apply) and b.operator is ops.FULL:
-        return plus_constant(a, constant - b.params["constant"])
-    return None
+def _constant(a: Term) -> float | None:
+    return a.params["constant"] if isinstance(a, Apply) and a.operator is ops.FULL else None
 
 
 def _twice_sigmoid(x: Term, factor: float) -> Term:
@@ -121,8 +122,10 @@ def complement(a: Term, constant: float) -> Term:
     if flip:
         return plus_constant(a, constant)
     rest = _rest(a)
-    if rest is None:
+    if rest is None and abs(constant - 1.0) > _CLOSE:
         return Apply(ops.DIFFERENCE, (full(constant, a.shape), a), a.shape)
+    # The logarithm of a constant close to 1 has lost what it differs by.
+    rest = Apply(ops.DIFFERENCE, (full(1.0, a.shape), a), a.shape) if rest is None else rest
     return plus_constant(rest, constant - 1.0)
 
 

@@ -14,6 +14,7 @@ from nanguard.algebra import Apply, Leaf, Term
 from nanguard.algebra import operators as ops
 from nanguard.algebra.pattern import core, is_sum
 from nanguard.stabilizer import scaled
+from nanguard.stabilizer.functional import exponential
 from nanguard.stabilizer.resolve import function
 from nanguard.stabilizer.scaled import Scaled
 
@@ -91,6 +92,8 @@ class _Evaluation:
         if isinstance(term, Leaf):
             value: Tensor = term.value if term.tracked else term.value.detach()
             return value.to(self._dtype, copy=private)
+        if term.operator is ops.DIFFERENCE and not any(arg.signed for arg in term.args):
+            return scaled.logarithm_of_difference(*map(self.log, term.args))
         if _by_factor(term):
             return scaled.logarithm(self.scaled(term))
         if term.operator is ops.FULL:
@@ -99,7 +102,7 @@ class _Evaluation:
         if term.operator is ops.EXPONENTIAL:
             inner = term.args[0]
             by_factor = isinstance(inner, Apply) and (inner.signed or _by_factor(inner))
-            return scaled.number(self.scaled(inner)) if by_factor else torch.exp(self.log(inner))
+            return scaled.number(self.scaled(inner)) if by_factor else exponential(self.log(inner))
         saves_input = self._private and term.operator not in (ops.LOG_SOFTMAX, ops.SOFTMAX)
         if term.operator.sign == "positive" and term.args[0].signed:
             args = [scaled.logarithm(self.scaled(term.args[0]), floor=True)]

@@ -7,10 +7,12 @@ derivative is never NaN at l = -inf, which stands for a probability of exactly 0
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
+
+from nanguard.stabilizer import environment
 
 __all__ = [
     "binary_cross_entropy",
@@ -18,6 +20,7 @@ __all__ = [
     "clamp_max",
     "clamp_min",
     "entr",
+    "exponential",
     "extreme",
     "fill_diagonal",
     "floor_zero",
@@ -42,6 +45,29 @@ __all__ = [
     "where",
     "xlogy",
 ]
+
+
+def exponential(l: Tensor) -> Tensor:  # noqa: E741
+    """exp(l), whose derivative is 0 where nobody asks for one (that of torch is 0 * inf = NaN where exp(l) is inf)."""
+    if environment.in_transform():
+        return torch.exp(l)
+    result: Tensor = _Exponential.apply(l)  # type: ignore[no-untyped-call]
+    return result
+
+
+@final
+class _Exponential(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, l: Tensor) -> Tensor:  # noqa: E741
+        result = torch.exp(l)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        derivative: Tensor = grad * result.masked_fill(grad == 0, 0.0)
+        return derivative
 
 
 def logsumexp(l: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:  # noqa: E741

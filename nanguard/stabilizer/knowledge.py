@@ -34,6 +34,7 @@ class Known:
 
     __slots__ = (
         "__weakref__",
+        "_storages",
         "basis",
         "basis_version",
         "depth",
@@ -42,7 +43,6 @@ class Known:
         "pinned",
         "region",
         "requires_grad",
-        "storages",
         "tensor",
         "term",
         "version",
@@ -60,7 +60,15 @@ class Known:
         self.requires_grad = value.requires_grad
         self.node = _node_of(value)
         self.depth: int = 1 + max((parent.depth for parent in parents), default=0)
-        self.storages: frozenset[int] = frozenset()
+        self._storages: frozenset[int | None] | None = None
+
+    @property
+    def storages(self) -> frozenset[int | None]:
+        """The memory that it depends on. Edits are rare, and most tensors are gone before there is one."""
+        if self._storages is None:
+            tensors = (self.tensor(), *(leaf.value for leaf in self.term.leaves))
+            self._storages = frozenset(storage_key(part) for part in tensors if part is not None)
+        return self._storages
 
     def is_pinned(self) -> bool:
         """Whether it, or anything known that it came from, is pinned."""
@@ -95,7 +103,6 @@ class Knowledge:
 
     def __init__(self) -> None:
         self._known: dict[int, Known] = {}
-        self._watched: set[int] = set()
         self._escaped: dict[int, StorageWeakRef] = {}
         self.region: Region | None = None
 
@@ -136,15 +143,13 @@ class Knowledge:
         if term.size > LARGEST_TERM or known.depth > LONGEST_HISTORY:
             self._known.pop(key, None)
             return
-        keys = (storage_key(part) for part in (tensor, *(leaf.value for leaf in term.leaves)))
-        known.storages = frozenset(storage for storage in keys if storage is not None)
-        self._watched |= known.storages
         self._known[key] = known
 
     def edited(self, tensor: Any) -> None:
         """Forget all that shares memory with a tensor about to be edited: `.data` shares memory, but no version counter."""
-        if self._known and isinstance(tensor, Tensor) and storage_key(tensor) in self._watched:
-            self._forget(storage_key(tensor))
+        storage = storage_key(tensor) if self._known and isinstance(tensor, Tensor) else None
+        if storage is not None:
+            self._forget(storage)
 
     def escaped(self, tensor: Any) -> None:
         """Forget a tensor's memory for good: from now on it can be edited unseen."""
@@ -172,10 +177,9 @@ class Knowledge:
     def clear(self) -> None:
         """Forget everything."""
         self._known.clear()
-        self._watched.clear()
         self._escaped.clear()
 
-    def _forget(self, storage: int | None) -> None:
+    def _forget(self, storage: int) -> None:
         for key in [key for key, known in self._known.items() if storage in known.storages]:
             del self._known[key]
 

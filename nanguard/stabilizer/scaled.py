@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nanguard.stabilizer.functional import exponential
+
 __all__ = [
     "Scaled",
     "difference",
     "logarithm",
+    "logarithm_of_difference",
     "moved",
     "number",
     "product",
@@ -124,14 +127,34 @@ def difference(a: Scaled, b: Scaled) -> Scaled:
     return Scaled(high, lost)
 
 
-def _gap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The larger, and 1 - e^-|a - b| with the sign of a - b."""
+def logarithm_of_difference(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a - e^b); NaN where that is negative.
+
+    Of log(1 - e^g) one form keeps its digits for small gaps g, and the other for large ones, in value and derivative
+    (Maechler, Accurately computing log(1 - exp(-|a|))).
+    """
+    swap, high, gap = _high_and_gap(*torch.broadcast_tensors(a, b))
+    near = gap.detach() > -math.log(2)
+    small = torch.log(-torch.expm1(torch.where(near, gap, -0.5)))
+    large = torch.log1p(-torch.exp(torch.where(near, -1.0, gap)))
+    return (high + torch.where(near, small, large)).masked_fill(swap, math.nan)
+
+
+def _high_and_gap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether b is the larger, the larger, and how far the smaller is below it."""
     swap = b.detach() > a.detach()
     high, low = torch.where(swap, b, a), torch.where(swap, a, b)
     # Infinities of the same sign have no gap.
     equal = (low.detach() == high.detach()) & high.detach().isinf()
-    gap = (low - high.masked_fill(equal, 0.0)).masked_fill(equal, 0.0)
-    lost = torch.expm1(gap)
+    return swap, high, (low - high.masked_fill(equal, 0.0)).masked_fill(equal, 0.0)
+
+
+def _gap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The larger, and 1 - e^-|a - b| with the sign of a - b."""
+    swap, high, gap = _high_and_gap(a, b)
+    near = gap.detach() > -math.log(2)
+    # The derivative of expm1 loses its digits where expm1 is close to -1.
+    lost = torch.where(near, torch.expm1(torch.where(near, gap, 0.0)), torch.exp(torch.where(near, -1.0, gap)) - 1.0)
     return high, torch.where(swap, lost, -lost) + 0.0  # no -0, whose reciprocal has the other sign
 
 
@@ -139,9 +162,9 @@ def number(value: Scaled) -> Tensor:
     """The number itself."""
     log, factor = value
     if factor is None:
-        return torch.exp(log)
+        return exponential(log)
     nothing = (factor.detach() == 0) & torch.exp(log.detach()).isinf()
-    return torch.exp(log.masked_fill(nothing, 0.0)) * factor
+    return exponential(log.masked_fill(nothing, 0.0)) * factor
 
 
 def _of(log: Tensor, factor: Tensor | None) -> Scaled:
