@@ -172,6 +172,95 @@ class TestSoundness:
 
         assert_untouched(run)
 
+    @pytest.mark.parametrize("bare", [False, True])
+    def test_subclasses_of_tensors_stay_as_they_are(self, bare):
+        class Labelled(torch.Tensor):
+            pass
+
+        class Bare(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, func, types, args=(), kwargs=None):
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **(kwargs or {}))
+
+        kind = Bare if bare else Labelled
+        assert_untouched(lambda x: torch.log(torch.softmax(x, 1).as_subclass(kind) + 0.1).as_subclass(torch.Tensor))
+
+    def test_a_mode_of_the_users_own_is_no_subclass(self):
+        class Passing(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                return func(*args, **(kwargs or {}))
+
+        def run(x):
+            with Passing():
+                return torch.log(torch.softmax(x, 1))
+
+        assert len(guarded(run)[2]) == 1
+
+    @pytest.mark.parametrize(
+        "edit", [lambda one: one.fill_(2.0), lambda one: one.add_(1.0), lambda one: one.float().mul_(2.0)]
+    )
+    def test_a_constant_that_is_edited_is_no_constant(self, edit):
+        def run(x):
+            one = torch.tensor(1.0)
+            edit(one)
+            return torch.log(one - torch.sigmoid(x))
+
+        assert_untouched(run)
+
+
+class TestConstants:
+    """Tensors that are written down as numbers."""
+
+    @pytest.mark.parametrize(
+        "one",
+        [
+            lambda x: torch.tensor(1.0),
+            lambda x: torch.tensor(1, dtype=torch.float32),
+            lambda x: torch.as_tensor(1.0),
+            lambda x: torch.scalar_tensor(1.0),
+            lambda x: torch.full((), 1.0),
+            lambda x: x.new_tensor(1.0),
+            lambda x: x.new_full((), 1.0),
+            lambda x: torch.tensor(1.0).to(x),
+            lambda x: torch.tensor(1.0).type_as(x),
+        ],
+    )
+    def test_a_tensor_of_one_number(self, one):
+        x = torch.tensor([-200.0, 0.0, 200.0])
+        value, gradient, swaps = guarded(lambda x: torch.log(one(x) - torch.sigmoid(x)), x)
+        torch.testing.assert_close(value, F.logsigmoid(-x))
+        torch.testing.assert_close(gradient, -torch.sigmoid(x))
+        assert [swap.rule for swap in swaps] == ["NG104"]
+
+    def test_it_is_rounded_as_the_tensor_is(self):
+        x = torch.tensor([-200.0, 0.0, 200.0])
+
+        def run(x):
+            return torch.log(torch.sigmoid(x) + torch.tensor(0.1, dtype=torch.bfloat16))
+
+        value, _, swaps = guarded(run, x)
+        assert len(swaps) == 1
+        torch.testing.assert_close(value, run(x))
+
+    def test_a_total_that_starts_at_zero(self):
+        def by_columns(x):
+            total = torch.zeros(x.shape[0])
+            for column in x.unbind(1):
+                total += column.exp()
+            return total.log()
+
+        def by_segments(x):
+            return torch.log(torch.zeros(1, x.shape[1]).index_add_(0, torch.tensor([0, 0, 0]), x.exp()))
+
+        for run, dim in ((by_columns, 1), (by_segments, 0)):
+            value, gradient, swaps = guarded(run)
+            exact = BATCH.clone().requires_grad_()
+            expected = torch.logsumexp(exact, dim)
+            torch.testing.assert_close(value.flatten(), expected.detach())
+            torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), exact)[0])
+            assert len(swaps) == 1
+
 
 class TestResults:
     @pytest.mark.parametrize("make", EDITABLE.values(), ids=EDITABLE.keys())

@@ -18,7 +18,8 @@ from nanguard.algebra.families.saturation import without_floor
 from nanguard.algebra.linear import exponential
 from nanguard.algebra.operators import FLOOR_ZERO
 from nanguard.algebra.pattern import is_softmax_of_logits
-from nanguard.stabilizer.compiled.frames import frames_of
+from nanguard.stabilizer.compiled.constants import constant_in
+from nanguard.stabilizer.compiled.frames import frames_of, is_of_subclass
 from nanguard.stabilizer.compiled.memory import Memory, example, storage_key, tensors_in
 from nanguard.stabilizer.compiled.reading import Kept, Known, Part, Reading, lawful
 from nanguard.stabilizer.compiled.watch import Settings
@@ -95,14 +96,22 @@ class Plan:
         name = getattr(node.target, "__name__", "")
         if name in _GRAD_MODES:
             self._grad = bool(node.args[0]) if name == "_set_grad_enabled" else name.startswith("_exit")
-        found = lawful(node)
+        found = None if is_of_subclass(node) else lawful(node)
         bound = None if found is None else found[1].bind(found[2], found[3])
         if found is not None and bound is not None:
             self._lawful(node, found[0], found[1], bound)
         else:
             self._forget(node)
+        self._note_constant(node)
         if isinstance(example(node), Tensor):
             self._nodes.setdefault(id(example(node)), node)
+
+    def _note_constant(self, node: fx.Node) -> None:
+        source = example(node.args[0]) if node.args else None
+        known = self.find(source) if isinstance(source, Tensor) else None
+        term = constant_in(node, None if known is None else known.term)
+        if term is not None and self.memory.is_trusted(example(node)):
+            self._record(example(node), term, ())
 
     def _lawful(self, node: fx.Node, law: Law, spelling: Spelling, bound: dict[str, Any]) -> None:
         in_place = spelling.in_place

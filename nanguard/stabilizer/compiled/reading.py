@@ -187,7 +187,9 @@ class Reading:
         first = example(self.operands[0]) if self.operands else result
         if not is_plain(result) or not result.is_floating_point() or result.device != first.device:
             return None
-        if not self.operands and result.requires_grad:
+        if self._arguments.get("requires_grad"):
+            return None
+        if not self.operands and result.requires_grad and not self._knowledge.memory.is_edited(result):
             return None
         shapes = tuple(shape_of(part, value) for part, value in zip(self._parts(results), results, strict=True))
         same_dtype = result.dtype == first.dtype
@@ -226,14 +228,17 @@ class Reading:
         value = example(node)
         trusted = self._knowledge.memory.is_trusted(value)
         known = self._knowledge.find(value) if trusted else None
-        if known is not None:
+        full = (
+            known.term if known is not None and isinstance(known.term, Apply) and known.term.operator is FULL else None
+        )
+        if known is not None and (full is None or value.dim()):
             self.parents = (*self.parents, known)
         self.operands.append(node)
         leaf = self._leaf(node)
         if not trusted:
             return Operand(leaf, None, trusted=False)
-        if known is not None and isinstance(known.term, Apply) and known.term.operator is FULL:
-            return Operand(leaf, constant=known.term.params["constant"])
+        if full is not None:
+            return Operand(leaf, constant=full.params["constant"])
         return Operand(leaf, known.term if known is not None else None, real=value.is_floating_point())
 
     def _leaf(self, node: fx.Node) -> Leaf:
