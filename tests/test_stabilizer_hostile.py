@@ -225,3 +225,13 @@ def test_no_classes_and_no_rows():
     for shape in ((3, 0), (0, 3)):
         value, _ = stabilized(lambda x: torch.log(1 - torch.softmax(x, 1)), torch.randn(shape))
         assert value.shape == shape
+
+
+def test_a_mask_in_place_stays_in_place():
+    x = torch.tensor([0.0, 2.0], requires_grad=True)
+    with nanguard.stabilize():
+        value = torch.log(x) * 1
+        result = value.masked_fill_(x == 0, 0.0)
+        assert result is value
+        value.mul_(3)
+    assert torch.equal(result, torch.log(torch.tensor([1.0, 8.0])))

@@ -127,7 +127,7 @@ class StabilizerMode(TorchFunctionMode):
     ) -> Any:
         """A call that may be, or select, a branch."""
         branches = self._branches
-        if not (law.branch == "singular" or len(branches)):
+        if spelling.in_place or not (law.branch == "singular" or len(branches)):
             return self._lawful(law, spelling, func, args, kwargs)
         if environment.is_tracing() or environment.in_transform() or not self._stay.look():
             return self._lawful(law, spelling, func, args, kwargs)
