@@ -59,6 +59,11 @@ class Spelling:
         name = self.path.rpartition(".")[2]
         return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
 
+    @functools.cached_property
+    def edits(self) -> bool:
+        """Whether it writes into its first argument, or can be asked to."""
+        return self.in_place or self._inplace >= 0
+
     def asks_to_edit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call says `inplace`."""
         place = self._inplace

@@ -71,12 +71,19 @@ class Advisor:
             return
         self._give(law.advice, lambda names: {**_written(term, names), "function": f"F.{name}"})
 
+    def concerns(self, law: Law, bound: Mapping[str, Any], parents: tuple[Known, ...]) -> bool:
+        """Whether a constant is added to, or bounds, what is known."""
+        if law.name not in _CONSTANTS or len(parents) != 1:
+            return False
+        names = (*_LOWER.get(law.name, ()), *_UPPER.get(law.name, ()), *(("input",) if law.name == "sub" else ()))
+        return any(isinstance(bound[name], (int, float)) for name in names)
+
     def learnt(self, law: Law, bound: Mapping[str, Any], parents: tuple[Known, ...], result: Any) -> None:
-        """A constant was added to, or bounds, what is known."""
-        if law.name not in _CONSTANTS or len(parents) != 1 or not isinstance(result, Tensor):
+        """A constant was added to, or bounds, what is known: a call that concerns it was made."""
+        if not isinstance(result, Tensor):
             return
         term, dtype = parents[0].term, result.dtype
-        if law.name == "sub" and isinstance(bound["input"], (int, float)):
+        if law.name == "sub":
             self._subtracted(term, dtype)
         if not is_probability_or_total(term):
             return
@@ -97,6 +104,12 @@ class Advisor:
             note = self._bounds.get((term.params["constant"], dtype))
             if note is not None:
                 note.give()
+
+    def watches(self, law: Law, term: Term) -> bool:
+        """Whether the numbers of such an answer have to be looked at."""
+        if law.name == "log1p":
+            return True
+        return self._keep and law.name in ("log", "log2", "log10") and without_epsilon(term) is not None
 
     def floored(self, term: Term) -> Term | None:
         """What stands under the bounds of `torch.distributions`, where it is what asks for the logarithm."""

@@ -9,7 +9,7 @@ the last bit.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -30,32 +30,46 @@ LONGEST = 12
 
 @final
 class _Step:
-    """How one tensor was computed; `function` is `None` where that is not to be repeated."""
+    """How one tensor was computed.
 
-    __slots__ = ("arguments", "function", "length", "options", "region", "result", "root", "versions")
+    Attributes:
+        result: the tensor.
+        version: its version then.
+        function: what computed it, or `None` where that is not to be repeated.
+        arguments: of the function; in the place of tensors that there is a step of, that step, so that they may die.
+        options: the function's arguments by keyword.
+        length: how many steps it took.
+        root: whether one of them has an infinite derivative where its value is 0.
+        region: the checkpointed region that it was computed in.
+        versions: of the tensors among the arguments.
+    """
+
+    __slots__ = ("arguments", "function", "length", "options", "region", "result", "root", "version", "versions")
 
     def __init__(
         self,
         result: weakref.ref[Tensor],
+        version: int,
         function: Callable[..., Any] | None,
-        arguments: tuple[Any, ...],
+        arguments: Sequence[Any],
         options: Mapping[str, Any],
         length: int,
         root: bool,
         region: object,
     ) -> None:
         self.result = result
+        self.version = version
         self.function = function
         self.arguments = arguments
         self.options = options
         self.length = length
         self.root = root
         self.region = region
-        self.versions = tuple(entry._version for entry in arguments if isinstance(entry, Tensor))
+        self.versions = [entry._version for entry in arguments if isinstance(entry, Tensor)]
 
     def holds(self) -> bool:
         """Whether nothing that it was computed from has been edited since."""
-        return self.versions == tuple(entry._version for entry in self.arguments if isinstance(entry, Tensor))
+        return self.versions == [entry._version for entry in self.arguments if isinstance(entry, Tensor)]
 
 
 @final
@@ -89,24 +103,22 @@ class Branches:
         """Remember how a result was computed, where that is a function with infinite derivatives, or follows one."""
         if not isinstance(result, Tensor) or not result.requires_grad or spelling.in_place or "out" in kwargs:
             return
-        steps = [step for step in map(self._find, args) if step is not None]
-        if law.branch != "singular" and not steps:
+        known, length, root = law.branch == "singular", 1, law.name in _ROOTS
+        steps, arguments = self._steps, list(args)
+        for place, entry in enumerate(args):
+            if id(entry) in steps and (found := self._find(entry)) is not None:
+                known, length, root = True, length + found.length, root or found.root
+                if found.function is not None and found.version == entry._version:
+                    arguments[place] = found
+        if not known or length > LONGEST or not is_plain(result):
             return
-        length = 1 + sum(step.length for step in steps)
-        if length > LONGEST or not is_plain(result):
-            return
-        # What has been made stable already is not computed anew, but what is multiplied by it is.
-        stable = type(result.grad_fn).__name__.startswith("_Graft")
         key = id(result)
-        step = _Step(
-            weakref.ref(result, lambda _: self._drop(key, step)),
-            None if stable else function,
-            () if stable else args,
-            {} if stable else dict(kwargs),
-            length,
-            law.name in _ROOTS or any(known.root for known in steps),
-            self.region,
-        )
+        reference = weakref.ref(result, lambda dead: self._drop(key, dead))
+        if type(result.grad_fn).__name__.startswith("_Graft"):
+            # What has been made stable already is not computed anew, but what is multiplied by it is.
+            step = _Step(reference, result._version, None, (), {}, length, root, self.region)
+        else:
+            step = _Step(reference, result._version, function, arguments, kwargs, length, root, self.region)
         self._steps[key] = step
 
     def selected(self, law: Law, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -145,17 +157,21 @@ class Branches:
     def _replayed(self, step: _Step, taken: Tensor) -> Tensor | None:
         if step.function is None or not step.holds():
             return None
-        arguments = [self._harmless(entry, taken) for entry in step.arguments]
+        arguments = []
+        for entry in step.arguments:
+            if isinstance(entry, _Step):
+                entry = self._replayed(entry, taken)
+                if entry is None:
+                    return None
+            else:
+                entry = self._harmless(entry, taken)
+            arguments.append(entry)
         result: Tensor = step.function(*arguments, **step.options)
         return result
 
     def _harmless(self, entry: Any, taken: Tensor) -> Any:
         if not isinstance(entry, Tensor) or not entry.requires_grad:
             return entry
-        step = self._find(entry)
-        anew = None if step is None else self._replayed(step, taken)
-        if anew is not None:
-            return anew
         # Elsewhere it is no matter of one element: a derivative would be summed over taken and other ones.
         if torch.broadcast_shapes(entry.shape, taken.shape) != entry.shape:
             return entry
@@ -165,8 +181,9 @@ class Branches:
         step = self._steps.get(id(value))
         return step if step is not None and step.result() is value and step.region is self.region else None
 
-    def _drop(self, key: int, step: _Step) -> None:
-        if self._steps.get(key) is step:
+    def _drop(self, key: int, dead: weakref.ref[Tensor]) -> None:
+        step = self._steps.get(key)
+        if step is not None and step.result is dead:
             del self._steps[key]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 __all__ = ["in_transform", "is_tracing", "result_dtype"]
 
@@ -30,11 +29,6 @@ def result_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     if not torch.is_autocast_enabled(device.type):
         return dtype
     return torch.empty(0, dtype=dtype, device=device).log().dtype
-
-
-def plain_device(tensors: list[Tensor], device: torch.device) -> bool:
-    """Whether all tensors live on that device."""
-    return all(tensor.device == device for tensor in tensors)
 
 
 def _proxies() -> bool:

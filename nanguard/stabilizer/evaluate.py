@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import torch
@@ -15,10 +15,14 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.pattern import core, is_sum
 from nanguard.stabilizer import scaled
 from nanguard.stabilizer.functional import exponential
+from nanguard.stabilizer.outline import filled_value
 from nanguard.stabilizer.resolve import function
 from nanguard.stabilizer.scaled import Scaled
 
-__all__ = ["compute_dtype", "evaluate", "is_fresh", "values"]
+__all__ = ["Program", "compute_dtype", "evaluate", "is_fresh", "program"]
+
+# Computes an outline of the tensors that its numbers stand for.
+Program = Callable[[Sequence[Tensor]], Tensor]
 
 
 def compute_dtype(term: Term, result: torch.dtype) -> torch.dtype:
@@ -36,6 +40,12 @@ def evaluate(term: Term, dtype: torch.dtype, *, private: bool = False) -> Tensor
             go on to edit. Derivatives of softmaxes save their output, so their argument needs none.
     """
     return _Evaluation(dtype, term.leaves[0].value.device, private).log(term)
+
+
+def program(outline: Term, dtype: torch.dtype) -> Program:
+    """The same, private, for an outline, whatever its tensors: made once, and run often."""
+    straight = _straight(outline, dtype, copied=True) if _is_straight(outline) else None
+    return straight or (lambda values: _Evaluation(dtype, values[0].device, True, values).log(outline))
 
 
 def is_fresh(term: Term) -> bool:
@@ -73,7 +83,10 @@ _OF_VALUES: dict[str, Callable[..., Scaled]] = {
 class _Evaluation:
     """One evaluation; terms that occur several times are computed once."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, private: bool) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, private: bool, values: Sequence[Tensor] | None = None
+    ) -> None:
+        self._values = values
         self._dtype = dtype
         self._device = device
         self._private = private
@@ -90,8 +103,8 @@ class _Evaluation:
 
     def _compute(self, term: Term, private: bool) -> Tensor:
         if isinstance(term, Leaf):
-            value: Tensor = term.value if term.tracked else term.value.detach()
-            return value.to(self._dtype, copy=private)
+            value: Tensor = term.value if self._values is None else self._values[term.value]
+            return (value if term.tracked else value.detach()).to(self._dtype, copy=private)
         if term.operator is ops.DIFFERENCE and not any(arg.signed for arg in term.args):
             return scaled.logarithm_of_difference(*map(self.log, term.args))
         if _by_factor(term):
@@ -103,13 +116,16 @@ class _Evaluation:
             inner = term.args[0]
             by_factor = isinstance(inner, Apply) and (inner.signed or _by_factor(inner))
             return scaled.number(self.scaled(inner)) if by_factor else exponential(self.log(inner))
-        saves_input = self._private and term.operator not in (ops.LOG_SOFTMAX, ops.SOFTMAX)
+        saves_input = self._private and term.operator not in _SAVE_OUTPUT
         if term.operator.sign == "positive" and term.args[0].signed:
             args = [scaled.logarithm(self.scaled(term.args[0]), floor=True)]
         else:
             args = [self.log(arg, saves_input) for arg in term.args]
-        result: Tensor = function(term.operator.function)(*args, **values(term.params))
+        result: Tensor = function(term.operator.function)(*args, **self._parameters(term))
         return result
+
+    def _parameters(self, term: Apply) -> dict[str, Any]:
+        return {name: filled_value(value, self._values) for name, value in term.params.items()}
 
     def scaled(self, term: Term) -> Scaled:
         """The number that a term stands for."""
@@ -122,7 +138,7 @@ class _Evaluation:
     def _compute_scaled(self, term: Term) -> Scaled:
         if isinstance(term, Leaf):
             return Scaled(self.log(term))
-        params = values(term.params)
+        params = self._parameters(term)
         if term.operator.move:
             move = functools.partial(function(term.operator.function), **params)
             return scaled.moved(move, [self.scaled(arg) for arg in term.args])
@@ -155,19 +171,41 @@ def _sign(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
     return (1 - 2 * odd).to(x.dtype)
 
 
-def values(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of an operator, with tensors in the place of leaves."""
-    return {name: _value(value) for name, value in params.items()}
+_SAVE_OUTPUT = (ops.LOG_SOFTMAX, ops.SOFTMAX)
 
 
-def _value(value: Any) -> Any:
-    if isinstance(value, Leaf):
-        return value.value
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_value, value))
-    if isinstance(value, slice):
-        return slice(_value(value.start), _value(value.stop), _value(value.step))
-    return value
+def _is_straight(term: Term) -> bool:
+    """Whether it is one function of another, nothing of which is a special case, or needed twice."""
+    seen: set[int] = set()
+    stack = [term]
+    while stack:
+        part = stack.pop()
+        if id(part) in seen:
+            return False
+        seen.add(id(part))
+        if isinstance(part, Apply):
+            if part.operator in (ops.DIFFERENCE, ops.FULL, ops.EXPONENTIAL) or part.signed or _by_factor(part):
+                return False
+            stack.extend(part.args)
+    return True
+
+
+def _straight(term: Term, dtype: torch.dtype, copied: bool) -> Program:
+    if isinstance(term, Leaf):
+        place, tracked = term.value, term.tracked
+        if not copied and tracked:
+            return lambda values: values[place].to(dtype)
+        return lambda values: (values[place] if tracked else values[place].detach()).to(dtype, copy=copied)
+    call = function(term.operator.function)
+    args = [_straight(arg, dtype, term.operator not in _SAVE_OUTPUT) for arg in term.args]
+    first, params, leaves = args[0], term.params, Apply(term.operator, (), term.shape, **term.params).leaves
+    if leaves:
+        return lambda values: call(
+            *[arg(values) for arg in args], **{name: filled_value(value, values) for name, value in params.items()}
+        )
+    if len(args) == 1:
+        return lambda values: call(first(values), **params)
+    return lambda values: call(*[arg(values) for arg in args], **params)
 
 
 def _widest(start: torch.dtype, others: Iterable[torch.dtype]) -> torch.dtype:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-__all__ = ["graft", "graft_in_place"]
+from nanguard.stabilizer import environment
+
+__all__ = ["graft", "graft_in_place", "may_be_overwritten"]
 
 Derivative = Callable[[Tensor], Tensor]
-
-
-_MANY = 1 << 16
 
 
 def graft(
@@ -47,21 +47,32 @@ def graft_in_place(naive: Tensor, stable: Tensor, slope: Derivative | None) -> T
     return result
 
 
+def may_be_overwritten(tensor: Tensor) -> bool:
+    """Whether `graft_in_place` may write into it."""
+    if environment.in_transform() or tensor._base is not None:
+        return False
+    return not (tensor.requires_grad and tensor.is_leaf)
+
+
 def _laid_out(naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, plain: Derivative) -> Tensor:
-    result = torch.empty_like(naive, dtype=dtype, requires_grad=False)
     if _is_watched():
+        result = torch.empty_like(naive, dtype=dtype, requires_grad=False)
         result = _with_strides_of(result, stable.to(dtype, copy=True))
-    elif fresh and stable.dtype == dtype and stable.stride() == result.stride():
-        result = stable
+    elif naive.is_contiguous() and stable.stride() == naive.stride():
+        result = stable if fresh and stable.dtype == dtype else stable.to(dtype, copy=True)
     else:
-        result.copy_(stable)
+        result = torch.empty_like(naive, dtype=dtype, requires_grad=False)
+        if fresh and stable.dtype == dtype and stable.stride() == result.stride():
+            result = stable
+        else:
+            result.copy_(stable)
     return _without_new_nan(result, naive, plain)
 
 
 def _without_new_nan(result: Tensor, naive: Tensor, plain: Derivative) -> Tensor:
     """The plain value where the stable one is NaN, or infinite although the plain one is not: digits are lost in both."""
     if result.device.type == "cpu":  # elsewhere the question would wait for the device
-        if result.numel() > _MANY and result.detach().sum().isfinite():
+        if math.isfinite(result.sum().item()):
             return result  # one pass, and no memory
         if bool(result.isfinite().all()):
             return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanguard.algebra import Term
+from nanguard.stabilizer.outline import filled
 from nanguard.stabilizer.regions import Region
 
 __all__ = ["Knowledge", "Known", "is_plain", "owns_memory"]
@@ -19,54 +20,92 @@ __all__ = ["Knowledge", "Known", "is_plain", "owns_memory"]
 LARGEST_TERM = 256
 LONGEST_HISTORY = 256
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_STRIDED = torch.strided
+
 
 @final
 class Known:
     """The logarithm of one tensor.
 
-    Attributes:
-        term: the logarithm.
+    Arguments:
+        tensor: a weak reference to it.
+        value: the tensor itself.
+        outline: the logarithm, with numbers in the place of tensors.
+        values: these tensors.
+        versions: the versions that they had when it was computed.
         parents: what is known about the tensors that it was computed from.
+        lesson: what it was learnt by, and will be again from calls that look the same; `None` where that cannot be said.
+
+    Attributes:
         pinned: whether somebody watches derivatives at this tensor (a hook, `retain_grad`), which a swap would bypass.
         region: the checkpointed region that it was learnt in.
-        basis: a large softmax itself, as part of its graph, and in what version.
+        basis: the derivative's node of a large softmax, which has saved it.
+        exact: whether the tensor has all its digits.
     """
 
     __slots__ = (
         "__weakref__",
         "_storages",
+        "_term",
         "basis",
-        "basis_version",
         "depth",
+        "exact",
+        "lesson",
         "node",
+        "outline",
         "parents",
         "pinned",
         "region",
         "requires_grad",
         "tensor",
-        "term",
+        "values",
         "version",
+        "versions",
     )
 
-    def __init__(self, tensor: weakref.ref[Tensor], value: Tensor, term: Term, parents: tuple[Known, ...]) -> None:
+    def __init__(
+        self,
+        tensor: weakref.ref[Tensor],
+        value: Tensor,
+        outline: Term,
+        values: Sequence[Tensor],
+        versions: Sequence[int],
+        parents: tuple[Known, ...],
+        lesson: object = None,
+    ) -> None:
         self.tensor = tensor
-        self.term = term
+        self.outline = outline
+        self.values = values
+        self.versions = versions
         self.parents = parents
+        self.lesson = lesson
         self.pinned = False
+        self.exact = False
         self.region: Region | None = None
-        self.basis: Tensor | None = None
-        self.basis_version = 0
+        self.basis: Any = None
         self.version = value._version
         self.requires_grad = value.requires_grad
         self.node = _node_of(value)
-        self.depth: int = 1 + max((parent.depth for parent in parents), default=0)
+        depth = 0
+        for parent in parents:
+            depth = max(depth, parent.depth)
+        self.depth: int = depth + 1
         self._storages: frozenset[int | None] | None = None
+        self._term: Term | None = None
+
+    @property
+    def term(self) -> Term:
+        """The logarithm."""
+        if self._term is None:
+            self._term = filled(self.outline, self.values, self.versions)
+        return self._term
 
     @property
     def storages(self) -> frozenset[int | None]:
         """The memory that it depends on. Edits are rare, and most tensors are gone before there is one."""
         if self._storages is None:
-            tensors = (self.tensor(), *(leaf.value for leaf in self.term.leaves))
+            tensors = (self.tensor(), *self.values)
             self._storages = frozenset(storage_key(part) for part in tensors if part is not None)
         return self._storages
 
@@ -89,7 +128,7 @@ class Known:
             return False
         if _node_of(tensor) != self.node:  # a custom function has handed on a view, with a derivative of its own
             return False
-        return all(leaf.value._version == leaf.version for leaf in self.term.leaves)
+        return all(value._version == version for value, version in zip(self.values, self.versions, strict=True))
 
 
 @final
@@ -104,6 +143,7 @@ class Knowledge:
     def __init__(self) -> None:
         self._known: dict[int, Known] = {}
         self._escaped: dict[int, StorageWeakRef] = {}
+        self._pins = False
         self.region: Region | None = None
 
     def __len__(self) -> int:
@@ -117,30 +157,45 @@ class Knowledge:
     def might_know(self, args: tuple[Any, ...]) -> bool:
         """Whether any of these arguments, or of the entries of a list among them, was ever recorded. Cheap, and no promise."""
         known = self._known
-        if not known:
-            return False
-        return any(id(arg) in known or (type(arg) in (list, tuple) and self.might_know(tuple(arg))) for arg in args)
+        if known:
+            for arg in args:
+                if id(arg) in known or (type(arg) in (list, tuple) and self.might_know(tuple(arg))):
+                    return True
+        return False
 
     def find(self, tensor: Tensor) -> Known | None:
         """What is known about a tensor, and still true."""
-        known = self._known.get(id(tensor))
-        if known is None or known.tensor() is not tensor:
-            return None
-        if self.region is not None and not self.region.holds(known.region):
-            return None
-        if not known.holds(tensor):
-            del self._known[id(tensor)]
-            return None
-        return known
-
-    def record(self, tensor: Tensor, term: Term, parents: tuple[Known, ...], basis: Tensor | None = None) -> None:
-        """Note the logarithm of a tensor."""
         key = id(tensor)
-        known = Known(weakref.ref(tensor, lambda _: self._drop(key, known)), tensor, term, parents)
+        if key not in self._known:
+            return None
+        known = self._known[key]
+        if known.tensor() is not tensor or (self.region is not None and not self.region.holds(known.region)):
+            return None
+        if known.holds(tensor):
+            return known
+        del self._known[key]
+        return None
+
+    def record(
+        self,
+        tensor: Tensor,
+        outline: Term,
+        values: Sequence[Tensor],
+        versions: Sequence[int],
+        parents: tuple[Known, ...],
+        lesson: object = None,
+        basis: Any = None,
+        exact: bool = False,
+    ) -> None:
+        """Note the logarithm of a tensor. The arguments are those of `Known`."""
+        key = id(tensor)
+        # The callback must not know the entry: a forgotten one would keep its tensors alive until garbage is collected.
+        reference = weakref.ref(tensor, lambda dead: self._drop(key, dead))
+        known = Known(reference, tensor, outline, values, versions, parents, lesson)
         known.region = self.region
-        if basis is not None:
-            known.basis, known.basis_version = basis, basis._version
-        if term.size > LARGEST_TERM or known.depth > LONGEST_HISTORY:
+        known.exact = exact
+        known.basis = basis
+        if outline.size > LARGEST_TERM or known.depth > LONGEST_HISTORY:
             self._known.pop(key, None)
             return
         self._known[key] = known
@@ -160,8 +215,10 @@ class Knowledge:
 
     def is_trusted(self, tensor: Tensor) -> bool:
         """Whether a term may depend on it: a plain tensor whose every edit is seen."""
-        if not is_plain(tensor):
-            return False
+        return is_plain(tensor) and self.is_unescaped(tensor)
+
+    def is_unescaped(self, tensor: Tensor) -> bool:
+        """Whether its memory is not known to be edited unseen."""
         if not self._escaped:
             return True
         storage = storage_key(tensor)
@@ -172,7 +229,11 @@ class Knowledge:
         """Note that somebody watches derivatives at this tensor."""
         known = self._known.get(id(tensor))
         if known is not None:
-            known.pinned = True
+            known.pinned = self._pins = True
+
+    def are_pinned(self, several: tuple[Known, ...]) -> bool:
+        """Whether any of them, or anything known that it came from, is pinned."""
+        return self._pins and any(known.is_pinned() for known in several)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -183,8 +244,9 @@ class Knowledge:
         for key in [key for key, known in self._known.items() if storage in known.storages]:
             del self._known[key]
 
-    def _drop(self, key: int, known: Known) -> None:
-        if self._known.get(key) is known:
+    def _drop(self, key: int, dead: weakref.ref[Tensor]) -> None:
+        known = self._known.get(key)
+        if known is not None and known.tensor is dead:
             del self._known[key]
 
 
@@ -196,8 +258,9 @@ def _node_of(tensor: Tensor) -> int | None:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is an ordinary dense tensor, of no subclass, that counts its versions."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return plain and not (tensor.is_inference() or tensor.is_neg() or tensor.is_meta or tensor.is_nested)
+    if type(tensor) not in _PLAIN or tensor.layout is not _STRIDED:
+        return False
+    return not (tensor.is_inference() or tensor.is_neg() or tensor.is_meta or tensor.is_nested)
 
 
 def owns_memory(tensor: Tensor) -> bool:

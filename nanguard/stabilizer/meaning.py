@@ -46,8 +46,9 @@ def meaning_of(function: Function) -> Any:
         elif name in _PINS or (name == "__get__" and owner in _PINS):
             found = PIN
         else:
+            written = name in _EDIT_SLOTS and owner != "grad"
             in_place = name.endswith("_") and not name.endswith("__")
-            found = EDIT if in_place or name in _EDIT_SLOTS or Spelling(name, ()).in_place else PASS
+            found = EDIT if in_place or written or Spelling(name, ()).in_place else PASS
     # Only what torch itself defines is remembered: functions of users may come and go.
     if type(function).__name__ != "function" or getattr(function, "__module__", "").startswith("torch"):
         MEANINGS[function] = found

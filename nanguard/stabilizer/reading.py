@@ -13,11 +13,9 @@ from nanguard.algebra import Apply, Call, Law, Leaf, Operand, Term, Unrecognised
 from nanguard.algebra.operators import FULL
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.knowledge import Knowledge, Known, is_plain, owns_memory
+from nanguard.stabilizer.outline import counts_up, looks, may_count_up
 
 __all__ = ["Reading"]
-
-# Longer ones are not looked into.
-LONGEST_INDEX = 1 << 14
 
 _CONSTANTS = (bool, int, float, str, range, torch.dtype, torch.device)
 
@@ -31,6 +29,7 @@ class Reading:
         parents: what is known of the operands.
         tensors: the operands.
         subject: the tensor that a query asks about.
+        repeats: whether what was derived holds for all calls that look the same: no numbers were looked at.
     """
 
     def __init__(self, knowledge: Knowledge, bound: Mapping[str, Any], keep_source: bool) -> None:
@@ -38,6 +37,7 @@ class Reading:
         self._keep_source = keep_source
         self._transformed = environment.in_transform()
         self.sound = True
+        self.repeats = True
         self.parents: tuple[Known, ...] = ()
         self.tensors: list[Tensor] = []
         subject = bound.get("input")
@@ -55,10 +55,13 @@ class Reading:
         shapes = tuple(tuple(part.shape) for part in results)
         same_dtype = result.dtype == first.dtype
         call = Call(self._arguments, shapes[position], position, shapes, same_dtype)
+        before = looks()
         try:
             term = law.derive(call)
         except Unrecognised:
             return None
+        finally:
+            self.repeats = self.repeats and looks() == before
         if term.shape != shapes[position]:
             return None
         return term if result.requires_grad or self._transformed else untracked(term)
@@ -97,9 +100,9 @@ class Reading:
 
     def _index(self, tensor: Tensor) -> Leaf:
         leaf = self._leaf(tensor)
-        if tensor.dtype != torch.int64 or tensor.ndim != 1 or tensor.device.type != "cpu" or self._transformed:
+        if self._transformed or not may_count_up(tensor):
             return leaf
-        return Leaf(leaf.value, leaf.shape, leaf.version, leaf.tracked, partial(_counts_up, leaf.value))
+        return Leaf(leaf.value, leaf.shape, leaf.version, leaf.tracked, partial(counts_up, leaf.value))
 
     def _nested(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -124,10 +127,6 @@ def _constant(tensor: Tensor, known: Known | None) -> float | None:
     if tensor.ndim or tensor.requires_grad or tensor.device.type != "cpu" or not _is_real(tensor):
         return None
     return tensor.item() if type(tensor) is Tensor and not environment.in_transform() else None
-
-
-def _counts_up(index: Tensor) -> bool:
-    return index.numel() <= LONGEST_INDEX and torch.equal(index, torch.arange(index.numel()))
 
 
 def _is_real(tensor: Tensor) -> bool:

@@ -25,7 +25,7 @@ from nanguard.stabilizer import checkpoints
 from nanguard.stabilizer.environment import in_transform
 
 if TYPE_CHECKING:
-    from nanguard.stabilizer.knowledge import Knowledge
+    from nanguard.stabilizer.knowledge import Knowledge, Known
     from nanguard.stabilizer.mode import StabilizerMode
 
 __all__ = ["Recomputation", "Region", "Stay", "is_recomputing"]
@@ -160,6 +160,20 @@ class Stay:
         if (region is None and not self._run.again) or not torch._C._len_torch_dispatch_stack():
             return True
         return self.admits()
+
+    def may_keep(self, parents: tuple[Known, ...]) -> bool:
+        """Whether the numbers may decide if something is computed as written, that comes from these.
+
+        A recomputation has to come to the same decisions, whatever numbers it computes. So no region may be around, not even
+        one that the mode was entered in.
+        """
+        if self._knowledge.are_pinned(parents) or self._knowledge.region is not None:
+            return False
+        return bool(_task_id() == -1) and _top_hooks(True) is None
+
+    def may_swap(self, parents: tuple[Known, ...]) -> bool:
+        """Whether something that comes from these may be swapped where the code is."""
+        return not self._knowledge.are_pinned(parents) and self.admits()
 
     def admits(self) -> bool:
         """Whether a swap may happen where the code is. If so, the recomputation of the regions around it will make it too."""

@@ -87,8 +87,8 @@ class Report:
         self._untold: list[tuple[Advice, dict[Any, Any]]] = []
         self._open = 0
 
-    def add(self, rule: Rule, term: Term) -> None:
-        """Note that `rule` replaced what the user's code is computing right now by `term`."""
+    def add(self, rule: Rule, term: Callable[[], Term]) -> None:
+        """Note that `rule` replaced what the user's code is computing right now by a term, which is asked for once."""
         if self._silent:
             return
         frame = user_frame()
@@ -168,13 +168,13 @@ def _place(frame: FrameType, rule: Rule) -> Place:
     return frame.f_code, frame.f_code.co_filename, frame.f_lasti, rule.code
 
 
-def _described(key: Place, frame: FrameType, rule: Rule, term: Term) -> tuple[int, str, str]:
+def _described(key: Place, frame: FrameType, rule: Rule, term: Callable[[], Term]) -> tuple[int, str, str]:
     """Line and source of a place, and what to write instead."""
     found = _DESCRIBED.get(key)
     if found is None:
         if len(_DESCRIBED) >= _MOST_PLACES:
             _DESCRIBED.clear()
-        found = _DESCRIBED[key] = (*expression(frame), replacement(rule, term, FrameNames(frame)))
+        found = _DESCRIBED[key] = (*expression(frame), replacement(rule, term(), FrameNames(frame)))
     return found
 
 

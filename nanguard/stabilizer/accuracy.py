@@ -1,0 +1,84 @@
+"""Where the numbers of the user's code are as good as any: there they are kept.
+
+A softmax, a sigmoid and the exponential of moderate numbers have all their digits, and so has a sum of them. With
+2^-40 <= q <= 2^40 neither log q nor its derivative 1 / q, nor the derivative of e / q, loses any of them, overflows or
+underflows. To look costs less than to compute anew, unless the tensors are large, or the device would have to be waited for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nanguard.algebra import Apply, Law, Leaf, Term
+from nanguard.algebra import operators as ops
+from nanguard.stabilizer import environment
+
+__all__ = ["Digits", "digits_of", "divisor_of", "is_small", "keeps_digits"]
+
+Digits = Literal["all", "if parents", "if divisor", "unknown"]
+
+# Anything larger is faster computed anew, in one go.
+SMALL = 1 << 20
+_BOUND = 2.0**40
+_DTYPES = (torch.float32, torch.float64)
+_SOURCES = frozenset({"exp", "softmax", "sigmoid"})
+_DIVISORS = {"div": "other", "reciprocal": "input"}
+
+
+def digits_of(law: Law, outline: Term) -> Digits:
+    """Whether a result has all its digits: always, if what it was computed from has, or if its divisor is moderate too."""
+    if law.role == "source":
+        return "all" if law.name in _SOURCES else "unknown"
+    if not isinstance(outline, Apply) or outline.signed:
+        return "unknown"
+    if law.name in _DIVISORS and outline.operator in (ops.LOG_SOFTMAX, ops.LOG_SIGMOID):
+        return "if divisor"
+    return "if parents" if law.name in ("sum", "add") or _is_complete(outline) else "unknown"
+
+
+def _is_complete(outline: Apply) -> bool:
+    """Whether all elements of what it was moved from are there, or those that are missing can be no infinities.
+
+    What is missing has a derivative of 0, which an infinite exponential further up would turn into NaN.
+    """
+    term: Term = outline
+    complete = outline.operator.move
+    while isinstance(term, Apply) and term.operator.move and len(term.args) == 1:
+        complete = complete and (term.operator in (ops.RESHAPE, ops.PERMUTE, ops.EXPAND) or _is_whole(term))
+        term = term.args[0]
+    probability = isinstance(term, Apply) and term.operator in (ops.LOG_SOFTMAX, ops.LOG_SIGMOID)
+    return complete or (probability and outline.operator.move)
+
+
+def _is_whole(term: Apply) -> bool:
+    """Whether it is `x[:, None]` or the like, which leaves nothing out."""
+    key = term.params.get("key")
+    entries = key if isinstance(key, tuple) else (key,)
+    simple = all(entry is None or entry is Ellipsis or type(entry) is slice for entry in entries)
+    return term.operator is ops.INDEX and simple and math.prod(term.shape) == math.prod(term.args[0].shape)
+
+
+def divisor_of(law: Law, bound: Mapping[str, Any]) -> Tensor | None:
+    """What a quotient is divided by, where that is a tensor."""
+    found = bound.get(_DIVISORS.get(law.name, ""))
+    return found if isinstance(found, Tensor) else None
+
+
+def is_small(term: Term) -> bool:
+    """Whether a term is computed from small tensors only."""
+    return all(math.prod(leaf.shape) < SMALL for leaf in term.leaves if isinstance(leaf, Leaf))
+
+
+def keeps_digits(tensor: Tensor) -> bool:
+    """Whether its logarithm, its reciprocal and their derivatives are as good as the tensor itself."""
+    if tensor.dtype not in _DTYPES or not tensor.is_cpu or not 0 < tensor.numel() < SMALL:
+        return False
+    if torch._C._len_torch_dispatch_stack() or environment.in_transform():
+        return False
+    low, high = tensor.detach().aminmax()
+    return low.item() >= 1 / _BOUND and high.item() <= _BOUND

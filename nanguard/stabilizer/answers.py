@@ -1,0 +1,87 @@
+"""How a value is replaced: decided once for all calls that look the same, and done for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from nanguard.algebra import Rule, Term
+from nanguard.stabilizer import environment
+from nanguard.stabilizer.accuracy import is_small
+from nanguard.stabilizer.evaluate import Program, compute_dtype, is_fresh, program
+from nanguard.stabilizer.graft import graft
+from nanguard.stabilizer.outline import filled, outlined
+from nanguard.stabilizer.picked import Picking, picking
+
+__all__ = ["Answer", "Slope", "answer_by", "grafted"]
+
+Slope = Callable[[Tensor], Tensor]
+
+
+@final
+class Answer:
+    """What takes the place of a value.
+
+    Arguments:
+        rule: by which.
+        outline: the value, with numbers in the place of tensors.
+        dtype: of the result.
+        inner: what to compute in.
+
+    Attributes:
+        fresh: whether its value is memory of its own that no derivative has saved.
+        picking: what it picks from a softmax, where it does.
+        watched: whether the advisor looks at its numbers.
+        may_stay: whether the value as written may be kept where it has all its digits.
+    """
+
+    __slots__ = ("_program", "dtype", "fresh", "may_stay", "outline", "picking", "rule", "watched")
+
+    def __init__(self, rule: Rule, outline: Term, dtype: torch.dtype, inner: torch.dtype) -> None:
+        self.rule = rule
+        self.outline = outline
+        self.dtype = dtype
+        self.fresh = is_fresh(outline)
+        self.picking: Picking | None = picking(outline)
+        self.watched = False
+        self.may_stay = is_small(outline)
+        self._program: Program = program(outline, inner)
+
+    def written(self, values: Sequence[Tensor]) -> Callable[[], Term]:
+        """Gives the term of these tensors."""
+        return lambda: filled(self.outline, values, [value._version for value in values])
+
+    def computed(self, values: Sequence[Tensor], naive: Tensor) -> Tensor | None:
+        """The stable value from these tensors, or `None` where it cannot take the place of the naive one."""
+        if any(value.device != naive.device for value in values):
+            return None
+        if any(name is not None for name in getattr(naive, "names", ())):
+            return None
+        if not torch.is_autocast_enabled(naive.device.type):
+            stable = self._program(values)
+        else:
+            with torch.autocast(naive.device.type, enabled=False):
+                stable = self._program(values)
+        differentiable = torch.is_grad_enabled() and naive.requires_grad
+        if stable.shape != naive.shape or (stable.requires_grad != differentiable and not environment.in_transform()):
+            return None
+        return stable
+
+
+def answer_by(rule: Rule, term: Term, dtype: torch.dtype) -> tuple[Answer, list[Tensor]]:
+    """The answer that a term is, and the tensors that it is computed from."""
+    outline, values, _ = outlined(term)
+    return Answer(rule, outline, dtype, compute_dtype(term, dtype)), values
+
+
+def grafted(
+    naive: Tensor, stable: Tensor, fresh: bool, dtype: torch.dtype, slope: Slope | None, plain: Slope
+) -> Tensor:
+    """The stable value in the place of the naive one; the arguments are those of `graft`."""
+    if environment.in_transform():
+        # Transforms differentiate what was computed, and know no intermediates that could be asked for.
+        return stable.to(dtype, copy=True)
+    return graft(naive, stable, dtype, fresh, slope, plain)

@@ -1,0 +1,211 @@
+"""Calls that ask for a logarithm, or that are given something else than they expect, and what they are answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from nanguard.algebra import Apply, Law, Rule, Term, lookup, match
+from nanguard.algebra.families.epsilon import drop_epsilons
+from nanguard.algebra.operators import FLOOR_ZERO
+from nanguard.stabilizer import environment
+from nanguard.stabilizer.accuracy import keeps_digits
+from nanguard.stabilizer.advisor import Advisor
+from nanguard.stabilizer.answers import Answer, Slope, answer_by, grafted
+from nanguard.stabilizer.calls import Look
+from nanguard.stabilizer.graft import graft_in_place, may_be_overwritten
+from nanguard.stabilizer.knowledge import Knowledge, Known
+from nanguard.stabilizer.losses import BinaryCrossEntropy
+from nanguard.stabilizer.memo import UNSEEN, Memo, Reply
+from nanguard.stabilizer.reading import Reading
+from nanguard.stabilizer.regions import Stay
+from nanguard.stabilizer.report import Report
+
+__all__ = ["Queries"]
+
+# f'(q) of the queries, where somebody asks for the derivative at q itself.
+_SLOPES: dict[str, Slope] = {
+    "log": torch.reciprocal,
+    "log2": lambda q: 1.4426950408889634 / q,
+    "log10": lambda q: 0.4342944819032518 / q,
+    "log1p": lambda q: 1 / (1 + q),
+}
+_LOGARITHMS = frozenset({"log", "log2", "log10"})
+_REPLIES = Memo()
+
+
+@final
+class _Query:
+    """One query.
+
+    Attributes:
+        law: what is asked for.
+        subject: of which tensor.
+        parents: what is known of that.
+        call: what the user's code calls.
+        floored: what stands under the bounds of `torch.distributions`, where they ask.
+    """
+
+    __slots__ = ("call", "floored", "law", "parents", "subject")
+
+    def __init__(
+        self, law: Law, subject: Tensor, parents: tuple[Known, ...], call: partial[Any], floored: Term | None = None
+    ) -> None:
+        self.law = law
+        self.subject = subject
+        self.parents = parents
+        self.call = call
+        self.floored = floored
+
+    def plain(self, q: Tensor) -> Tensor:
+        """The query as a function of what it asks about; one that works in place gets memory of its own."""
+        fresh, subject, call = q.clone(), self.subject, self.call
+        named = {name: fresh if value is subject else value for name, value in call.keywords.items()}
+        result: Tensor = call.func(*(fresh if value is subject else value for value in call.args), **named)
+        return result
+
+
+@final
+class Queries:
+    """Answers queries.
+
+    Arguments:
+        report: where swaps are noted.
+        advisor: looks at what was swapped, and at calls that are misused.
+        knowledge: is told about edits.
+        stay: says whether a swap may happen where the code is.
+        drop: whether small epsilons inside logarithms are dropped.
+        repair: whether bounds that libraries put on probabilities are dropped.
+    """
+
+    def __init__(
+        self, report: Report, advisor: Advisor, knowledge: Knowledge, stay: Stay, drop: bool, repair: bool
+    ) -> None:
+        self._report = report
+        self._advisor = advisor
+        self._knowledge = knowledge
+        self._stay = stay
+        self._drop = drop
+        self._repair = repair
+
+    def answer_again(self, law: Law, look: Look, call: partial[Any]) -> Any:
+        """The answer to a query that looks like an earlier one; `None` where there is none, `UNSEEN` if there was no such."""
+        reply = _REPLIES.get(self._key(look))
+        if reply is None or reply is UNSEEN:
+            return reply
+        query = _Query(law, look.values[reply.subject], look.parents, call)
+        return self._answered(query, reply.answer, reply.values(look))
+
+    def answer(
+        self, law: Law, reading: Reading, look: Look | None, in_place: bool, call: partial[Any]
+    ) -> Tensor | None:
+        """The stable value of a query, or `None` where it has to be computed as written."""
+        naive = reading.subject
+        if naive is None or not reading.parents or not reading.sound or not self._stay.may_swap(reading.parents):
+            return None
+        written = reading.term(law, 0, [naive])
+        key = self._key(look) if look is not None and reading.repeats else None
+        if written is None:
+            _REPLIES.put(key, None)
+            return None
+        floored = self._advisor.floored(written)
+        rule, term = self._found(written, floored, naive.dtype)
+        if floored is not None:
+            key = None  # it depends on who asks
+        if rule is None or (in_place and not may_be_overwritten(naive)):
+            _REPLIES.put(key, None)
+            return None
+        dtype = naive.dtype if in_place else environment.result_dtype(naive.device, naive.dtype)
+        answer, values = answer_by(rule, term, dtype)
+        answer.watched = floored is not None or self._advisor.watches(law, term)
+        kept = law.name in _LOGARITHMS and term == written and dtype == naive.dtype and not answer.watched
+        answer.may_stay = answer.may_stay and kept
+        picks = None if look is None else look.places(values)
+        if look is not None and picks is not None:
+            _REPLIES.put(key, Reply(answer, picks, look.place(naive)))
+        query = _Query(law, naive, reading.parents, call, floored)
+        return self._answered_in_place(query, answer, values) if in_place else self._answered(query, answer, values)
+
+    def _found(self, term: Term, floored: Term | None, dtype: torch.dtype) -> tuple[Rule | None, Term]:
+        """The rule that a query is answered by, and the answer."""
+        if floored is not None and self._repair:
+            return lookup("NG303"), Apply(FLOOR_ZERO, (floored,), term.shape, constant=torch.finfo(dtype).eps)
+        term = drop_epsilons(term) if self._drop and floored is None else term
+        return match(term, "logarithm"), term
+
+    def _key(self, look: Look) -> Any:
+        return look.key, self._drop, torch.is_autocast_enabled(look.values[0].device.type)
+
+    def _answered(self, query: _Query, answer: Answer, values: Sequence[Tensor]) -> Tensor | None:
+        naive, parents = query.subject, query.parents
+        exact = answer.may_stay and len(parents) == 1 and parents[0].exact
+        if exact and self._stay.may_keep(parents) and keeps_digits(naive):
+            # As good as the stable value. It is told all the same, as other numbers change that.
+            self._report.add(answer.rule, answer.written(values))
+            kept: Tensor = query.call()
+            return kept
+        if not self._stay.may_swap(parents):
+            return None
+        stable, fresh = None, True
+        if answer.picking is not None and not environment.in_transform():
+            stable = answer.picking.picked(values, parents, answer.dtype, naive)
+        if stable is None:
+            stable, fresh = answer.computed(values, naive), answer.fresh
+        if stable is None:
+            return None
+        self._note(query, answer, values, stable)
+        slope = _SLOPES.get(query.law.name) or _derivative(query.plain)
+        return grafted(naive, stable, fresh, answer.dtype, slope, query.plain)
+
+    def _answered_in_place(self, query: _Query, answer: Answer, values: Sequence[Tensor]) -> Tensor | None:
+        stable = answer.computed(values, query.subject)
+        if stable is None:
+            return None
+        self._note(query, answer, values, stable)
+        self._knowledge.edited(query.subject)
+        return graft_in_place(query.subject, stable, _SLOPES[query.law.name])
+
+    def _note(self, query: _Query, answer: Answer, values: Sequence[Tensor], stable: Tensor) -> None:
+        written = answer.written(values)
+        self._report.add(answer.rule, written)
+        if answer.rule.kind != "advice" and answer.watched:
+            dtype = query.subject.dtype
+            self._advisor.answered(query.law, query.parents, written(), query.floored, stable, dtype)
+
+    def misused(self, law: Law, bound: Mapping[str, Any], reading: Reading, call: partial[Tensor]) -> Tensor | None:
+        """Tell about a call that is given something else than it expects; what takes its place, if anything does."""
+        naive, rule = reading.subject, lookup(law.advice)
+        if naive is None or not reading.parents or not reading.sound:
+            return None
+        term = reading.term(law, 0, [naive])
+        if term is None or not rule.matches(term):
+            return None
+        if self._repair and law.name == "binary_cross_entropy":
+            loss = BinaryCrossEntropy(call, bound)
+            if loss.is_replaceable and self._stay.may_swap(reading.parents):
+                return self._repaired(rule, term, naive, loss)
+        self._advisor.misused(law, term, naive, bound["target"], getattr(call.func, "__name__", ""))
+        return None
+
+    def _repaired(self, rule: Rule, term: Term, naive: Tensor, loss: BinaryCrossEntropy) -> Tensor | None:
+        dtype = loss.dtype()
+        answer, values = answer_by(rule, drop_epsilons(term) if self._drop else term, dtype)
+        stable = answer.computed(values, naive)
+        if stable is None:
+            return None
+        self._report.add(rule, answer.written(values))
+        slope = _derivative(loss.elements)
+        return loss.whole(grafted(naive, stable, answer.fresh, stable.dtype, slope, loss.elements), dtype)
+
+
+def _derivative(plain: Slope) -> Slope:
+    def slope(q: Tensor) -> Tensor:
+        with torch.enable_grad():
+            point = q.detach().requires_grad_()
+            return torch.autograd.grad(plain(point).sum(), point)[0]
+
+    return slope

@@ -1,0 +1,110 @@
+"""Quotients that may overflow although their logarithm does not, and what takes their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, final
+
+from torch import Tensor
+
+from nanguard.algebra import Term, match
+from nanguard.algebra.linear import exponential, fails_in_gradient_only
+from nanguard.algebra.pattern import is_softmax_of_logits
+from nanguard.stabilizer import environment
+from nanguard.stabilizer.accuracy import keeps_digits
+from nanguard.stabilizer.answers import Answer, answer_by, grafted
+from nanguard.stabilizer.graft import graft_in_place, may_be_overwritten
+from nanguard.stabilizer.knowledge import Known
+from nanguard.stabilizer.regions import Stay
+from nanguard.stabilizer.report import Report
+
+__all__ = ["Quotient", "Quotients"]
+
+
+class Quotient(NamedTuple):
+    """What the user's code gets.
+
+    Attributes:
+        value: the quotient.
+        differentiable: what of it derivatives flow through.
+        exact: whether it has all its digits.
+    """
+
+    value: Tensor
+    differentiable: Tensor
+    exact: bool
+
+
+@final
+class Quotients:
+    """Replaces quotients.
+
+    Arguments:
+        report: where swaps are noted.
+        stay: says whether a swap may happen where the code is.
+    """
+
+    def __init__(self, report: Report, stay: Stay) -> None:
+        self._report = report
+        self._stay = stay
+
+    def answer(
+        self, term: Term, parents: Sequence[Known], naive: Tensor, in_place: bool
+    ) -> tuple[Answer, list[Tensor]] | None:
+        """What takes the place of a result, and what it is computed from; `None` where it stays.
+
+        Arguments:
+            term: its logarithm.
+            parents: what is known of its operands.
+            naive: as the user's code computed it.
+            in_place: whether it did so in place.
+        """
+        stable = exponential(term)
+        if stable is None or any(known.term == term for known in parents):
+            return None
+        # In place, only the softmax itself: iterations such as Sinkhorn's normalise what is normalised.
+        if in_place and not is_softmax_of_logits(term):
+            return None
+        rule = match(term, "quotient")
+        if rule is None:
+            return None
+        if not naive.requires_grad and fails_in_gradient_only(term) and not environment.in_transform():
+            return None
+        return answer_by(rule, stable, naive.dtype)
+
+    def swap(
+        self,
+        answer: Answer,
+        values: Sequence[Tensor],
+        naive: Tensor,
+        parents: tuple[Known, ...],
+        divisor: Tensor | None,
+        in_place: bool = False,
+    ) -> Quotient:
+        """What the user's code gets.
+
+        Arguments:
+            answer: what takes its place.
+            values: what that is computed from.
+            naive: the quotient as written.
+            parents: what is known of its operands.
+            divisor: what it was divided by, where the quotient has all its digits if that is moderate.
+            in_place: whether the user's code computed it in place.
+        """
+        kept = Quotient(naive, naive, exact=False)
+        if divisor is not None and answer.may_stay and self._stay.may_keep(parents) and keeps_digits(divisor):
+            self._report.add(answer.rule, answer.written(values))
+            return Quotient(naive, naive, exact=True)
+        if (in_place and not may_be_overwritten(naive)) or not self._stay.may_swap(parents):
+            return kept
+        stable = answer.computed(values, naive)
+        if stable is None:
+            return kept
+        self._report.add(answer.rule, answer.written(values))
+        if in_place:
+            return Quotient(graft_in_place(naive, stable, None), stable, exact=False)
+        return Quotient(grafted(naive, stable, answer.fresh, answer.dtype, None, _unchanged), stable, exact=True)
+
+
+def _unchanged(naive: Tensor) -> Tensor:
+    return naive

@@ -1,0 +1,159 @@
+"""What is learnt from the results of calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+from torch import Tensor
+
+from nanguard.algebra import Law, Spelling, Term
+from nanguard.stabilizer.accuracy import Digits, digits_of, divisor_of
+from nanguard.stabilizer.advisor import Advisor
+from nanguard.stabilizer.answers import Answer
+from nanguard.stabilizer.calls import Look
+from nanguard.stabilizer.knowledge import Knowledge, Known
+from nanguard.stabilizer.memo import UNSEEN, Lesson, Memo, Reply
+from nanguard.stabilizer.outline import outlined
+from nanguard.stabilizer.picked import basis_for, has_basis
+from nanguard.stabilizer.quotients import Quotients
+from nanguard.stabilizer.reading import Reading
+
+__all__ = ["Computation", "Student"]
+
+_LESSONS = Memo()
+
+
+class Computation(NamedTuple):
+    """A call that something may be learnt from.
+
+    Attributes:
+        law: what it means.
+        bound: its arguments by canonical name.
+        reading: the call as the algebra sees it.
+        in_place: whether it writes its result into its first argument.
+        look: what it looks like, where that says all.
+        key: what it looks like, its result included.
+    """
+
+    law: Law
+    bound: Mapping[str, Any]
+    reading: Reading
+    in_place: bool = False
+    look: Look | None = None
+    key: Any = None
+
+
+@final
+class Student:
+    """Records what is known about results; a quotient may be replaced on the way.
+
+    Arguments:
+        knowledge: takes it.
+        quotients: replaces them.
+        advisor: looks at constants.
+    """
+
+    def __init__(self, knowledge: Knowledge, quotients: Quotients, advisor: Advisor) -> None:
+        self._knowledge = knowledge
+        self._quotients = quotients
+        self._advisor = advisor
+
+    def learn_again(
+        self, law: Law, spelling: Spelling, look: Look, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> Any:
+        """Learn from a call, at once if one that looks the same was learnt from before. Gives what the user's code gets."""
+        simple = type(result) is Tensor and not result.is_inference()
+        key = (look.key, result.shape, result.dtype, result.requires_grad) if simple else None
+        lesson: Any = UNSEEN if key is None or look.holds(result) else _LESSONS.get(key)
+        if lesson is None:
+            return result
+        if lesson is not UNSEEN:
+            result = self._repeat(lesson, look, result)
+            if not lesson.advised:
+                return result
+        bound = spelling.bind(args, kwargs)
+        if bound is None:
+            return result
+        if lesson is not UNSEEN:
+            self._advisor.learnt(law, bound, look.parents, result)
+            return result
+        reading = Reading(self._knowledge, bound, keep_source=False)
+        return self.learn(Computation(law, bound, reading, False, look, key), result) if reading.sound else result
+
+    def _repeat(self, lesson: Lesson, look: Look, result: Tensor) -> Tensor:
+        softmax, reply, parents = result, lesson.quotient, look.parents
+        exact = _is_exact(lesson.digits, parents)
+        if reply is not None:
+            divisor = look.values[reply.subject] if exact and reply.subject >= 0 else None
+            swapped = self._quotients.swap(reply.answer, reply.values(look), result, parents, divisor)
+            result, softmax, exact = swapped
+        values = [look.values[pick] for pick in lesson.picks]
+        basis = basis_for(softmax, values[0].dtype) if lesson.has_basis else None
+        versions = [value._version for value in values]
+        self._knowledge.record(result, lesson.outline, values, versions, parents, lesson, basis, exact)
+        return result
+
+    def learn(self, computation: Computation, result: Any) -> Any:
+        """Learn from a call. Gives what the user's code gets."""
+        law, bound, reading = computation[:3]
+        several = isinstance(result, (tuple, list))
+        results: list[Any] = list(result) if several else [result]
+        advised = self._advisor.concerns(law, bound, reading.parents)
+        if all(isinstance(part, Tensor) for part in results):
+            for position, part in enumerate(results):
+                term = reading.term(law, position, results)
+                if any(part is operand for operand in reading.tensors if not computation.in_place):
+                    continue
+                if term is not None:
+                    learnt = self._learn(computation, term, part, law.quotient and not several, advised)
+                    result = result if several else learnt
+                elif reading.repeats and not advised:
+                    _LESSONS.put(computation.key, None)
+        if advised:
+            self._advisor.learnt(law, bound, reading.parents, result)
+        return result
+
+    def _learn(self, computation: Computation, term: Term, result: Tensor, may_overflow: bool, advised: bool) -> Tensor:
+        law, bound, reading, in_place, look, key = computation
+        parents = reading.parents
+        outline, values, versions = outlined(term)
+        answer = self._quotients.answer(term, parents, result, in_place) if may_overflow else None
+        digits: Digits = "unknown" if in_place else digits_of(law, outline)
+        divisor = divisor_of(law, bound) if digits == "if divisor" and answer is not None else None
+        if divisor is None and digits == "if divisor":
+            digits = "unknown"
+        lesson = None
+        if look is not None and reading.repeats:
+            lesson = _lesson(look, outline, values, answer, divisor, digits, advised)
+            if lesson is not None:
+                _LESSONS.put(key, lesson)
+        softmax, exact = result, _is_exact(digits, parents)
+        if answer is not None:
+            swapped = self._quotients.swap(*answer, result, parents, divisor if exact else None, in_place)
+            result, softmax, exact = swapped
+        basis = basis_for(softmax, values[0].dtype) if has_basis(outline) else None
+        self._knowledge.record(result, outline, values, versions, parents, lesson, basis, exact)
+        return result
+
+
+def _is_exact(digits: Digits, parents: Sequence[Known]) -> bool:
+    return digits == "all" or (digits != "unknown" and all(known.exact for known in parents))
+
+
+def _lesson(
+    look: Look,
+    outline: Term,
+    values: list[Tensor],
+    answer: tuple[Answer, list[Tensor]] | None,
+    divisor: Tensor | None,
+    digits: Digits,
+    advised: bool,
+) -> Lesson | None:
+    """What calls that look the same teach; `None` where that depends on copies."""
+    picks = look.places(values)
+    places = [] if answer is None else look.places(answer[1])
+    if picks is None or places is None:
+        return None
+    reply = None if answer is None else Reply(answer[0], places, -1 if divisor is None else look.place(divisor))
+    return Lesson(outline, picks, reply, has_basis(outline), advised, digits)
