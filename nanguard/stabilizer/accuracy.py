@@ -46,6 +46,8 @@ def _is_complete(outline: Apply) -> bool:
 
     What is missing has a derivative of 0, which an infinite exponential further up would turn into NaN.
     """
+    if outline.operator is ops.LOGSUMEXP:
+        return isinstance(outline.args[0], Leaf)  # dims of size 1 came or went
     term: Term = outline
     complete = outline.operator.move
     while isinstance(term, Apply) and term.operator.move and len(term.args) == 1:
