@@ -17,6 +17,7 @@ from nanguard.algebra import (
     match,
     rules,
     sums,
+    totals,
     untracked,
 )
 from nanguard.algebra import operators as ops
@@ -115,29 +116,29 @@ class TestSimplification:
 
     @pytest.mark.parametrize("dim", [0, 1])
     def test_softmax_by_hand(self, dim):
-        total = sums.logsumexp(self.x, (dim,), True)
+        total = totals.logsumexp(self.x, (dim,), True)
         assert build.subtract(self.x, total) == build.log_softmax(self.x, dim)
         assert build.add(self.x, build.negate(total)) == build.log_softmax(self.x, dim)
 
     def test_what_is_normalised_stays(self):
         p = build.log_softmax(self.x, 1)
-        assert build.subtract(p, sums.logsumexp(p, (1,), True)) == p
-        assert build.subtract(p, sums.logsumexp(p, (0,), True)) == build.log_softmax(p, 0) != p
+        assert build.subtract(p, totals.logsumexp(p, (1,), True)) == p
+        assert build.subtract(p, totals.logsumexp(p, (0,), True)) == build.log_softmax(p, 0) != p
 
     def test_a_total_that_was_unsqueezed(self):
-        total = build.reshape(sums.logsumexp(self.x, (1,), False), (4, 1))
+        total = build.reshape(totals.logsumexp(self.x, (1,), False), (4, 1))
         assert build.subtract(self.x, total) == build.log_softmax(self.x, 1)
 
     def test_a_total_that_was_expanded(self):
-        total = build.expand(sums.logsumexp(self.x, (1,), True), (4, 4))
+        total = build.expand(totals.logsumexp(self.x, (1,), True), (4, 4))
         assert build.subtract(self.x, total) == build.log_softmax(self.x, 1)
 
     def test_a_total_that_broadcasts_elsewhere_is_none(self):
         """On a square, exp(x) / exp(x).sum(1) divides columns by the totals of rows."""
-        bare = sums.logsumexp(self.x, (1,), False)
+        bare = totals.logsumexp(self.x, (1,), False)
         assert build.subtract(self.x, bare).operator is ops.SUBTRACT
         assert build.subtract(self.x, build.reshape(bare, (1, 4))).operator is ops.SUBTRACT
-        rows = build.reshape(sums.logsumexp(self.x, (0,), False), (4, 1))
+        rows = build.reshape(totals.logsumexp(self.x, (0,), False), (4, 1))
         assert build.subtract(self.x, rows).operator is ops.SUBTRACT
 
     @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ class TestSimplification:
         ids=["another tensor", "edited since", "detached"],
     )
     def test_a_total_of_something_else_is_none(self, other):
-        assert build.subtract(self.x, sums.logsumexp(other, (1,), True)).operator is ops.SUBTRACT
+        assert build.subtract(self.x, totals.logsumexp(other, (1,), True)).operator is ops.SUBTRACT
 
     def test_sigmoids_by_hand(self):
         one_plus = sums.plus_constant(self.x, 1.0)
@@ -164,7 +165,7 @@ class TestSimplification:
 
     def test_empty_sums_and_misfitting_shapes_are_unrecognised(self):
         with pytest.raises(Unrecognised):
-            sums.logsumexp(leaf(0, 3), (0,), False)
+            totals.logsumexp(leaf(0, 3), (0,), False)
         with pytest.raises(Unrecognised):
             build.add(leaf(2), leaf(3))
 
@@ -182,13 +183,13 @@ class TestDroppedEpsilons:
 
     @pytest.mark.parametrize("constant", [1e-3, 1e-12])
     def test_small_ones_on_probabilities_and_totals(self, constant):
-        for guarded in (self.p, build.reshape(self.p, (6,)), sums.logsumexp(leaf(2, 3), (1,), True)):
+        for guarded in (self.p, build.reshape(self.p, (6,)), totals.logsumexp(leaf(2, 3), (1,), True)):
             assert self.is_dropped(sums.plus_constant(guarded, constant))
-            assert self.is_dropped(sums.clamp(guarded, constant, None))
+            assert self.is_dropped(totals.clamp(guarded, constant, None))
 
     def test_in_a_denominator_inside_the_logarithm(self):
         x = leaf(2, 3)
-        total = sums.plus_constant(sums.logsumexp(x, (1,), True), 1e-8)
+        total = sums.plus_constant(totals.logsumexp(x, (1,), True), 1e-8)
         assert "plus_constant" not in repr(drop_epsilons(build.subtract(x, total)))
 
     @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ class TestDroppedEpsilons:
             sums.plus_constant(p, 2e-3),
             sums.plus_constant(build.shift(p, -0.01), 1e-4),
             sums.plus_constant(build.subtract(p, build.log_softmax(leaf(2, 3), 1)), 1e-8),
-            sums.clamp(p, None, 1 - 1e-2),
+            totals.clamp(p, None, 1 - 1e-2),
         ],
         ids=["large", "mixture", "ratio", "upper bound"],
     )
@@ -242,12 +243,12 @@ def test_rules_exclude_each_other():
         build.log_softmax(x, 1),
         build.logsigmoid(x),
         sums.plus_constant(x, 1.0),
-        sums.logsumexp(x, (1,), False),
-        sums.logmeanexp(build.log_softmax(x, 1), (0,), False),
+        totals.logsumexp(x, (1,), False),
+        totals.logmeanexp(build.log_softmax(x, 1), (0,), False),
         build.subtract(x, leaf(4, 4)),
         build.add(x, leaf(4, 4)),
     ]
     for term in terms:
-        for wrapped in (term, sums.plus_constant(term, 1e-6), build.scale(term, 2.0), sums.clamp(term, 1e-6, None)):
+        for wrapped in (term, sums.plus_constant(term, 1e-6), build.scale(term, 2.0), totals.clamp(term, 1e-6, None)):
             matching = [known for known in rules() if known.kind == "logarithm" and known.matches(wrapped)]
             assert [match(wrapped, "logarithm")] == matching

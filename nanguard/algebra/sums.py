@@ -1,15 +1,12 @@
-"""Smart constructors of terms: sums, differences, weights and bounds.
+"""Smart constructors of terms: sums and differences.
 
 Writing l and m for the logarithms of p and q:
 
-1. `logsumexp`, `logmeanexp`, `logcumsumexp`: log sum p = logsumexp l; the mean has - log n.
-2. `logaddexp`, `plus_constant`: log(p + q), log(p + c).
-3. `weigh`: w p for a tensor w about whose sign nothing is known.
-4. `complement`: log(c - p), where the digits are lost once p is close to c. For what is bounded by 1 there is a better way:
+1. `logaddexp`, `plus_constant`: log(p + q), log(p + c).
+2. `complement`: log(c - p), where the digits are lost once p is close to c. For what is bounded by 1 there is a better way:
    1 - sigmoid(x) = sigmoid(-x); 1 - softmax(x)_k is the share of the others; 1 - tanh(x) = 2 sigmoid(-2 x).
-5. `difference`: log(p - q). A total without one of its parts is the sum of the others;
+3. `difference`: log(p - q). A total without one of its parts is the sum of the others;
    sigmoid(x) - sigmoid(y) = sigmoid(x) sigmoid(-y) (1 - e^(y - x)).
-6. `clamp`: log is increasing, so log clamp(p, a, b) = clamp(l, log a, log b).
 """
 
 from __future__ import annotations
@@ -19,53 +16,16 @@ from collections.abc import Callable
 
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
-from nanguard.algebra.build import is_op, minus, reduced, unsigned
-from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term, Unrecognised
+from nanguard.algebra.build import is_op, minus, unsigned
+from nanguard.algebra.others import without
+from nanguard.algebra.term import Apply, Term
+from nanguard.algebra.totals import clamp, full, logsumexp
 
-__all__ = ["clamp", "complement", "difference", "full", "logaddexp", "logsumexp", "plus_constant", "weigh"]
+__all__ = ["complement", "difference", "logaddexp", "plus_constant"]
 
 
 # A constant that differs from 1 by less is 1 and an epsilon.
 _CLOSE = 1e-2
-
-
-def logsumexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
-    """Rests on log sum p = logsumexp l."""
-    return _total(ops.LOGSUMEXP, a, dims, keepdim)
-
-
-def logmeanexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
-    """Rests on log mean p = logsumexp l - log n."""
-    return _total(ops.LOGMEANEXP, a, dims, keepdim, count=math.prod(a.shape[dim] for dim in dims))
-
-
-def _total(operator: Operator, a: Term, dims: tuple[int, ...], keepdim: bool, **params: int) -> Term:
-    if not dims:
-        return a
-    flip, a = unsigned(a)
-    total = Apply(operator, (a,), reduced(a.shape, dims, keepdim), dim=dims, keepdim=keepdim, **params)
-    return minus(total) if flip else total
-
-
-def logcumsumexp(a: Term, dim: int) -> Term:
-    """Rests on log cumsum p = logcumsumexp l."""
-    flip, a = unsigned(a)
-    total = Apply(ops.LOGCUMSUMEXP, (a,), a.shape, dim=dim)
-    return minus(total) if flip else total
-
-
-def full(constant: float, shape: Shape) -> Term:
-    """The logarithm of a constant, of 0 too. Raises `Unrecognised` below."""
-    if constant < 0:
-        raise Unrecognised
-    return Apply(ops.FULL, (), shape, constant=constant)
-
-
-def weigh(a: Term, weight: Term) -> Term:
-    """The number w p, given w itself."""
-    flip, a = unsigned(a)
-    product = Apply(ops.WEIGH, (a, weight), build.broadcast_shapes(a.shape, weight.shape))
-    return minus(product) if flip else product
 
 
 def logaddexp(a: Term, b: Term) -> Term:
@@ -259,7 +219,7 @@ def difference(a: Term, b: Term) -> Term:
         x, y = _logit(a), _logit(b)
         if x is not None and y is not None:
             return _between_sigmoids(x, y)
-        others = _without(a, b)
+        others = without(a, b)
         if others is not None:
             return others
     return Apply(ops.DIFFERENCE, (a, b), build.broadcast_shapes(a.shape, b.shape))
@@ -277,66 +237,3 @@ def _logit(a: Term) -> Term | None:
 
 def _between_sigmoids(x: Term, y: Term) -> Term:
     return Apply(ops.BETWEEN, (x, y), build.broadcast_shapes(x.shape, y.shape))
-
-
-def _without(total: Apply, part: Term) -> Term | None:
-    """A total over one dim without a part of it, row by row; `None` where the part does not stand in the rows of the total."""
-    if total.operator is ops.LOGADDEXP:
-        for one, other in (total.args, reversed(total.args)):
-            rest = _without(one, part) if isinstance(one, Apply) and one.shape == total.shape else None
-            if rest is not None:
-                return logaddexp(rest, other)
-    if total.operator is not ops.LOGSUMEXP or len(total.params["dim"]) != 1 or total.signed:
-        return None
-    (x,), dim, keepdim = total.args, total.params["dim"][0], total.params["keepdim"]
-    others = Apply(ops.LOG_OTHERS, (x,), x.shape, dim=dim)
-    if part == x:
-        return others if keepdim or dim == 0 else None
-    picked = part.args[0] if isinstance(part, Apply) and part.operator is ops.RESHAPE else part
-    if not isinstance(picked, Apply) or len(picked.args) != 1 or picked.args[0] != x or part.shape != total.shape:
-        return None
-    if not _one_of_each_row(picked, x.shape, dim) or picked.shape not in (
-        reduced(x.shape, (dim,), keep) for keep in (True, False)
-    ):
-        return None
-    return build.reshape(build.rearrange(picked.operator, (others,), picked.shape, **picked.params), part.shape)
-
-
-def _one_of_each_row(picked: Apply, shape: Shape, dim: int) -> bool:
-    """Whether one element is picked along `dim`, from every row in turn."""
-    params = picked.params
-    if picked.operator is ops.DIAGONAL:
-        return len(shape) == 2 and shape[0] == shape[1] and params["offset"] == 0
-    if picked.operator in (ops.SELECT, ops.NARROW, ops.GATHER):
-        return bool(params["dim"] == dim)
-    if picked.operator is ops.INDEX and isinstance(params["key"], tuple) and len(params["key"]) == len(shape):
-        return _indexes_rows(params["key"], shape, dim)
-    return False
-
-
-def _indexes_rows(key: tuple[object, ...], shape: Shape, dim: int) -> bool:
-    """Whether it is `[:, k]`, or `[0, 1, ..., n - 1; y]`."""
-    if type(key[dim]) is int:
-        return all(type(entry) is slice and entry == slice(None) for place, entry in enumerate(key) if place != dim)
-    if len(shape) != 2:
-        return False
-    rows, size = key[1 - dim], shape[1 - dim]
-    if isinstance(rows, Leaf):
-        return rows.shape == (size,) and rows.counts()
-    return isinstance(rows, (list, range)) and list(rows) == list(range(size))
-
-
-def clamp(a: Term, minimum: float | None, maximum: float | None) -> Term:
-    """Bounds above zero for p are bounds for l: log is increasing."""
-    if minimum is not None:
-        a = Apply(ops.CLAMP_MIN, (a,), a.shape, constant=minimum)
-    if maximum is not None:
-        a = Apply(ops.CLAMP_MAX, (build.positive(a),), a.shape, constant=maximum)
-    return a
-
-
-def scatter_add(a: Term, b: Term, dim: int, index: Leaf) -> Term:
-    """The logarithm of p after q was added to it at the places of an index."""
-    if a.signed or b.signed or b.shape != index.shape:
-        raise Unrecognised
-    return Apply(ops.SCATTER_ADD, (a, b), a.shape, dim=dim, index=index)

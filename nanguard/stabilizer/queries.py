@@ -9,9 +9,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from nanguard.algebra import Apply, Law, Rule, Term, lookup, match
+from nanguard.algebra import Law, Rule, Term, lookup
+from nanguard.algebra.decisions import for_logarithm
 from nanguard.algebra.families.epsilon import drop_epsilons
-from nanguard.algebra.operators import FLOOR_ZERO
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.accuracy import keeps_digits
 from nanguard.stabilizer.advisor import Advisor
@@ -113,12 +113,14 @@ class Queries:
             _REPLIES.put(key, None)
             return None
         floored = self._advisor.floored(written)
-        rule, term = self._found(written, floored, naive.dtype)
+        floor = torch.finfo(naive.dtype).eps if self._repair else None
+        found = for_logarithm(written, drop=self._drop, floored=floored, floor=floor)
         if floored is not None:
             key = None  # it depends on who asks
-        if rule is None or (in_place and not may_be_overwritten(naive)):
+        if found is None or (in_place and not may_be_overwritten(naive)):
             _REPLIES.put(key, None)
             return None
+        rule, term = found
         dtype = naive.dtype if in_place else environment.result_dtype(naive.device, naive.dtype)
         answer, values = answer_by(rule, term, dtype)
         answer.watched = floored is not None or self._advisor.watches(law, term)
@@ -129,13 +131,6 @@ class Queries:
             _REPLIES.put(key, Reply(answer, picks, look.place(naive)))
         query = _Query(law, naive, reading.parents, call, floored)
         return self._answered_in_place(query, answer, values) if in_place else self._answered(query, answer, values)
-
-    def _found(self, term: Term, floored: Term | None, dtype: torch.dtype) -> tuple[Rule | None, Term]:
-        """The rule that a query is answered by, and the answer."""
-        if floored is not None and self._repair:
-            return lookup("NG303"), Apply(FLOOR_ZERO, (floored,), term.shape, constant=torch.finfo(dtype).eps)
-        term = drop_epsilons(term) if self._drop and floored is None else term
-        return match(term, "logarithm"), term
 
     def _key(self, look: Look) -> Any:
         return look.key, self._drop, torch.is_autocast_enabled(look.values[0].device.type)

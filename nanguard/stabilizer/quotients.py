@@ -7,9 +7,8 @@ from typing import NamedTuple, final
 
 from torch import Tensor
 
-from nanguard.algebra import Term, match
-from nanguard.algebra.linear import exponential, fails_in_gradient_only
-from nanguard.algebra.pattern import is_softmax_of_logits
+from nanguard.algebra import Term
+from nanguard.algebra.decisions import for_quotient
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.accuracy import keeps_digits
 from nanguard.stabilizer.answers import Answer, answer_by, grafted
@@ -59,18 +58,10 @@ class Quotients:
             naive: as the user's code computed it.
             in_place: whether it did so in place.
         """
-        stable = exponential(term)
-        if stable is None or any(known.term == term for known in parents):
-            return None
-        # In place, only the softmax itself: iterations such as Sinkhorn's normalise what is normalised.
-        if in_place and not is_softmax_of_logits(term):
-            return None
-        rule = match(term, "quotient")
-        if rule is None:
-            return None
-        if not naive.requires_grad and fails_in_gradient_only(term) and not environment.in_transform():
-            return None
-        return answer_by(rule, stable, naive.dtype)
+        differentiable = naive.requires_grad or environment.in_transform()
+        operands = (known.term for known in parents)
+        found = for_quotient(term, operands, in_place=in_place, differentiable=differentiable)
+        return None if found is None else answer_by(*found, naive.dtype)
 
     def swap(
         self,

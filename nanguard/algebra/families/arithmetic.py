@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from nanguard.algebra import build, sums
+from nanguard.algebra import build, totals
 from nanguard.algebra import operators as ops
 from nanguard.algebra.axes import is_misaligned
 from nanguard.algebra.build import positive
@@ -38,7 +38,7 @@ def mul(call: Call) -> Term:
     if call.known("input") and call.known("other"):
         return build.add(*_aligned(call.log("input"), call.log("other")))
     if call.is_number("input") and call.is_number("other"):
-        return sums.full(call.number("input") * call.number("other"), call.shape)
+        return totals.full(call.number("input") * call.number("other"), call.shape)
     constant, tensor = ("other", "input") if call.known("input") else ("input", "other")
     log = call.log(tensor)
     if call.is_number(constant):
@@ -46,7 +46,7 @@ def mul(call: Call) -> Term:
     weight = call.weight(constant)
     if is_over_probabilities(log) and weight.tracked and math.prod(weight.shape) >= math.prod(log.shape):
         raise Unrecognised  # the gate of a network, or its values: nobody asks for that logarithm, and it keeps memory alive
-    return sums.weigh(log, weight)
+    return totals.weigh(log, weight)
 
 
 def _aligned(a: Term, b: Term) -> tuple[Term, Term]:
@@ -108,7 +108,7 @@ def div(call: Call) -> Term:
 def _unknown(call: Call, name: str) -> Term:
     """A tensor of either sign that nothing else is known about."""
     leaf = call.weight(name)
-    return sums.weigh(sums.full(1.0, leaf.shape), leaf)
+    return totals.weigh(totals.full(1.0, leaf.shape), leaf)
 
 
 # log(1 / p) = -log p

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from nanguard.algebra import sums
+from nanguard.algebra import totals
 from nanguard.algebra.call import Call
 from nanguard.algebra.registry import law
 from nanguard.algebra.term import Term
@@ -23,7 +23,7 @@ _MORE = "dtype=None, layout=None, device=None, pin_memory=False, requires_grad=F
     source=True,
 )
 def zeros(call: Call) -> Term:
-    return sums.full(0.0, call.shape)
+    return totals.full(0.0, call.shape)
 
 
 # every element is 1
@@ -36,4 +36,4 @@ def zeros(call: Call) -> Term:
     source=True,
 )
 def ones(call: Call) -> Term:
-    return sums.full(1.0, call.shape)
+    return totals.full(1.0, call.shape)

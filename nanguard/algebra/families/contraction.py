@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from nanguard.algebra import build, sums
+from nanguard.algebra import build, totals
 from nanguard.algebra import operators as ops
 from nanguard.algebra.call import Call, Operand
 from nanguard.algebra.pattern import is_over_probabilities
@@ -51,8 +51,8 @@ def _product(first: _Factor, second: _Factor, one: Term, other: Term, dims: tupl
     if first.known and second.known:
         product = build.add(one, other)
     else:
-        product = sums.weigh(one, other) if first.known else sums.weigh(other, one)
-    return sums.logsumexp(product, dims, False)
+        product = totals.weigh(one, other) if first.known else totals.weigh(other, one)
+    return totals.logsumexp(product, dims, False)
 
 
 # log (P Q)_ij = logsumexp over k of log P_ik + log Q_kj
@@ -115,7 +115,7 @@ def einsum(call: Call) -> Term:
     dims = tuple(range(len(output), len(every)))
     if len(factors) == 2:
         return _product(factors[0], factors[1], parts[0], parts[1], dims)
-    return sums.logsumexp(parts[0], dims, False)
+    return totals.logsumexp(parts[0], dims, False)
 
 
 def _spread(factor: _Factor, word: str, every: str) -> Term:
@@ -133,8 +133,8 @@ def normalize(call: Call) -> Term:
     log = build.positive(call.log())
     if call.number("p") != 1:
         raise Unrecognised
-    total = sums.logsumexp(log, (call.dim(log.shape),), True)
-    return build.subtract(log, sums.clamp(total, call.positive("eps"), None))
+    total = totals.logsumexp(log, (call.dim(log.shape),), True)
+    return build.subtract(log, totals.clamp(total, call.positive("eps"), None))
 
 
 # the sum of the magnitudes, or the root of the sum of the squares
@@ -149,4 +149,4 @@ def norm(call: Call) -> Term:
     log = build.positive(call.log())
     dims, keepdim = call.dims(log.shape), bool(call["keepdim"])
     order = 2.0 if call["p"] == "fro" else call.positive("p")
-    return build.scale(sums.logsumexp(build.scale(log, order), dims, keepdim), 1 / order)
+    return build.scale(totals.logsumexp(build.scale(log, order), dims, keepdim), 1 / order)

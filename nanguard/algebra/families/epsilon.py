@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from nanguard.algebra import operators as ops
-from nanguard.algebra import sums
+from nanguard.algebra import totals
 from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call
 from nanguard.algebra.pattern import LARGEST_EPSILON, is_probability_or_total
@@ -38,8 +38,8 @@ def clamp(call: Call) -> Term:
 def _bounded(log: Term, minimum: float | None, maximum: float | None) -> Term:
     """A lower bound of 0 or less bounds nothing that is positive."""
     if minimum is not None and minimum <= 0:
-        return sums.clamp(positive(log), None, maximum)
-    return sums.clamp(log, minimum, maximum)
+        return totals.clamp(positive(log), None, maximum)
+    return totals.clamp(log, minimum, maximum)
 
 
 # the same, one-sided
@@ -64,7 +64,7 @@ def clamp_min(call: Call) -> Term:
     """
 )
 def clamp_max(call: Call) -> Term:
-    return sums.clamp(call.log(), None, call.positive("max"))
+    return totals.clamp(call.log(), None, call.positive("max"))
 
 
 def drop_epsilons(term: Term) -> Term:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from nanguard.algebra import build, sums
+from nanguard.algebra import build, sums, totals
 from nanguard.algebra import operators as ops
 from nanguard.algebra.call import Call
 from nanguard.algebra.pattern import core, is_bare, is_over_probabilities, is_sum
@@ -67,7 +67,7 @@ def expm1(call: Call) -> Term:
 )
 def _sum(call: Call) -> Term:
     log = call.log()
-    return sums.logsumexp(log, call.dims(log.shape), _flag(call, "keepdim"))
+    return totals.logsumexp(log, call.dims(log.shape), _flag(call, "keepdim"))
 
 
 # log mean p = logsumexp(log p) - log n
@@ -79,7 +79,7 @@ def _sum(call: Call) -> Term:
 )
 def mean(call: Call) -> Term:
     log = call.log()
-    return sums.logmeanexp(log, call.dims(log.shape), _flag(call, "keepdim"))
+    return totals.logmeanexp(log, call.dims(log.shape), _flag(call, "keepdim"))
 
 
 # log cumsum p = logcumsumexp(log p)
@@ -92,7 +92,7 @@ def mean(call: Call) -> Term:
 )
 def cumsum(call: Call) -> Term:
     log = call.log()
-    return sums.logcumsumexp(log, call.dim(log.shape))
+    return totals.logcumsumexp(log, call.dim(log.shape))
 
 
 # log(p + q) = logaddexp(log p, log q),  log(p + c) = logaddexp(log p, log c)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from nanguard.algebra import build, sums
+from nanguard.algebra import build, totals
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import positive, reduced
 from nanguard.algebra.call import Call, Operand
@@ -85,7 +85,7 @@ def _of_two(call: Call, other: str, operator: Operator) -> Term:
         return Apply(operator, (a, b), build.broadcast_shapes(a.shape, b.shape))
     constant, tensor = (other, "input") if call.known("input") else ("input", other)
     log, bound = call.log(tensor), call.positive(constant)
-    bounded = sums.clamp(log, bound, None) if operator is ops.MAXIMUM else sums.clamp(log, None, bound)
+    bounded = totals.clamp(log, bound, None) if operator is ops.MAXIMUM else totals.clamp(log, None, bound)
     return build.expand(bounded, call.shape)
 
 
@@ -95,7 +95,7 @@ def threshold(call: Call) -> Term:
     bound = call.positive("threshold")
     if call.number("value") != bound or call.arguments.get("inplace"):
         raise Unrecognised
-    return sums.clamp(call.log(), bound, None)
+    return totals.clamp(call.log(), bound, None)
 
 
 @law(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from nanguard.algebra import build, sums
+from nanguard.algebra import build, sums, totals
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call
@@ -84,7 +84,7 @@ def log1p(call: Call) -> Term:
 def logit(call: Call) -> Term:
     p = positive(call.log())
     if call["eps"] is not None:
-        p = sums.clamp(p, call.positive("eps"), 1.0 - call.positive("eps"))
+        p = totals.clamp(p, call.positive("eps"), 1.0 - call.positive("eps"))
     return build.subtract(p, sums.complement(p, 1.0))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from nanguard.algebra import build, sums
+from nanguard.algebra import build, totals
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call, Operand
@@ -26,7 +26,7 @@ def where(call: Call) -> Term:
 def _side(call: Call, name: str) -> Term:
     if call.known(name):
         return positive(call.log(name))
-    return sums.full(_not_negative(call.number(name)), ())
+    return totals.full(_not_negative(call.number(name)), ())
 
 
 def _not_negative(number: float) -> float:
@@ -171,7 +171,7 @@ def index_add(call: Call) -> Term:
 
 
 def _base(call: Call) -> Term:
-    return positive(call.log()) if call.known("input") else sums.full(_not_negative(call.number("input")), call.shape)
+    return positive(call.log()) if call.known("input") else totals.full(_not_negative(call.number("input")), call.shape)
 
 
 @law(
@@ -183,4 +183,4 @@ def _base(call: Call) -> Term:
 )
 def scatter_add(call: Call) -> Term:
     log = _base(call)
-    return sums.scatter_add(log, call.log("src"), call.dim(log.shape), call.index("index"))
+    return totals.scatter_add(log, call.log("src"), call.dim(log.shape), call.index("index"))

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, fx
 from torch.distributions import utils as distributions
 
-from nanguard.algebra import Apply, Law, Rule, Spelling, Term, Unrecognised, lookup, match
-from nanguard.algebra.families.epsilon import drop_epsilons
+from nanguard.algebra import Law, Rule, Spelling, Term
+from nanguard.algebra.decisions import for_logarithm, for_quotient
 from nanguard.algebra.families.saturation import without_floor
-from nanguard.algebra.linear import exponential
-from nanguard.algebra.operators import FLOOR_ZERO
-from nanguard.algebra.pattern import is_softmax_of_logits
 from nanguard.stabilizer.compiled.constants import constant_in
 from nanguard.stabilizer.compiled.frames import frames_of, is_of_subclass
 from nanguard.stabilizer.compiled.memory import Memory, example, storage_key, tensors_in
@@ -151,34 +148,21 @@ class Plan:
         term = self._term(reading, law, 0, [result])
         if term is None:
             return
-        try:
-            floored = without_floor(term) if _is_asked_by_distributions(node) else None
-            rule: Rule | None
-            if floored is not None and settings.repair:
-                epsilon = torch.finfo(example(reading.operands[0]).dtype).eps
-                term, rule = Apply(FLOOR_ZERO, (floored,), term.shape, constant=epsilon), lookup("NG303")
-            else:
-                term = drop_epsilons(term) if settings.drop and floored is None else term
-                rule = match(term, "logarithm")
-        except Unrecognised:
-            return
-        if rule is not None:
-            self._replace(node, rule, term, result, in_place)
+        floored = without_floor(term) if _is_asked_by_distributions(node) else None
+        floor = torch.finfo(example(reading.operands[0]).dtype).eps if settings.repair else None
+        found = for_logarithm(term, drop=settings.drop, floored=floored, floor=floor)
+        if found is not None:
+            self._replace(node, *found, result, in_place)
 
     def _quotient(self, node: fx.Node, reading: Reading, term: Term, in_place: bool) -> None:
         if self._policy(node) is None or not self._may_swap(reading):
             return
-        # In place, only the softmax itself: iterations such as Sinkhorn's normalise what is normalised.
-        if in_place and not is_softmax_of_logits(term):
-            return
-        try:
-            stable = exponential(term)
-            rule = None if stable is None else match(term, "quotient")
-            if stable is None or rule is None or any(known.term == term for known in reading.parents):
-                return
-        except Unrecognised:
-            return
-        self._replace(node, rule, stable, example(node), in_place)
+        result = example(node)
+        differentiable = result.requires_grad or self.memory.is_edited(result)
+        operands = (known.term for known in reading.parents)
+        found = for_quotient(term, operands, in_place=in_place, differentiable=differentiable)
+        if found is not None:
+            self._replace(node, *found, result, in_place)
 
     def _replace(self, node: fx.Node, rule: Rule, term: Term, result: Tensor, in_place: bool) -> None:
         overwritten = self._overwritten(node) if in_place else ()

@@ -1,0 +1,61 @@
+"""What takes the place of a logarithm or a quotient, decided from terms alone, for all front ends. No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nanguard.algebra.families.epsilon import drop_epsilons
+from nanguard.algebra.linear import exponential, fails_in_gradient_only
+from nanguard.algebra.operators import FLOOR_ZERO
+from nanguard.algebra.pattern import is_softmax_of_logits
+from nanguard.algebra.registry import Rule, lookup, match
+from nanguard.algebra.term import Apply, Term, Unrecognised
+
+__all__ = ["for_logarithm", "for_quotient"]
+
+
+def for_logarithm(
+    term: Term, *, drop: bool, floored: Term | None = None, floor: float | None = None
+) -> tuple[Rule, Term] | None:
+    """The rule that a logarithm is replaced by, and what takes its place; `None` where it stays.
+
+    Arguments:
+        term: the logarithm.
+        drop: whether small epsilons are dropped.
+        floored: what stands under the bounds of `torch.distributions`, where they ask.
+        floor: the probability that what stands there is given where it is 0, if the bounds are to be dropped.
+    """
+    try:
+        if floored is not None and floor is not None:
+            return lookup("NG303"), Apply(FLOOR_ZERO, (floored,), term.shape, constant=floor)
+        term = drop_epsilons(term) if drop and floored is None else term
+        rule = match(term, "logarithm")
+    except Unrecognised:
+        return None
+    return None if rule is None else (rule, term)
+
+
+def for_quotient(
+    term: Term, operands: Iterable[Term], *, in_place: bool, differentiable: bool
+) -> tuple[Rule, Term] | None:
+    """The rule that a result is replaced by, and what takes its place; `None` where it stays.
+
+    Arguments:
+        term: the logarithm of the result.
+        operands: the logarithms that it was made of.
+        in_place: whether it is written into one of its operands.
+        differentiable: whether derivatives flow through it, or may do so.
+    """
+    # In place, only the softmax itself: iterations such as Sinkhorn's normalise what is normalised.
+    if in_place and not is_softmax_of_logits(term):
+        return None
+    try:
+        stable = exponential(term)
+        if stable is None or any(operand == term for operand in operands):
+            return None
+        rule = match(term, "quotient")
+        if rule is None or (not differentiable and fails_in_gradient_only(term)):
+            return None
+    except Unrecognised:
+        return None
+    return rule, stable

@@ -1,0 +1,57 @@
+"""What is left of a total without one of its parts: the sum of the others, which a difference would lose the digits of."""
+
+from __future__ import annotations
+
+from nanguard.algebra import build
+from nanguard.algebra import operators as ops
+from nanguard.algebra.build import reduced
+from nanguard.algebra.term import Apply, Leaf, Shape, Term
+
+__all__ = ["without"]
+
+
+def without(total: Apply, part: Term) -> Term | None:
+    """A total over one dim without a part of it, row by row; `None` where the part does not stand in the rows of the total."""
+    if total.operator is ops.LOGADDEXP:
+        for one, other in (total.args, reversed(total.args)):
+            rest = without(one, part) if isinstance(one, Apply) and one.shape == total.shape else None
+            if rest is not None:
+                return Apply(ops.LOGADDEXP, (rest, other), total.shape)
+    if total.operator is not ops.LOGSUMEXP or len(total.params["dim"]) != 1 or total.signed:
+        return None
+    (x,), dim, keepdim = total.args, total.params["dim"][0], total.params["keepdim"]
+    others = Apply(ops.LOG_OTHERS, (x,), x.shape, dim=dim)
+    if part == x:
+        return others if keepdim or dim == 0 else None
+    picked = part.args[0] if isinstance(part, Apply) and part.operator is ops.RESHAPE else part
+    if not isinstance(picked, Apply) or len(picked.args) != 1 or picked.args[0] != x or part.shape != total.shape:
+        return None
+    if not _one_of_each_row(picked, x.shape, dim) or picked.shape not in (
+        reduced(x.shape, (dim,), keep) for keep in (True, False)
+    ):
+        return None
+    return build.reshape(build.rearrange(picked.operator, (others,), picked.shape, **picked.params), part.shape)
+
+
+def _one_of_each_row(picked: Apply, shape: Shape, dim: int) -> bool:
+    """Whether one element is picked along `dim`, from every row in turn."""
+    params = picked.params
+    if picked.operator is ops.DIAGONAL:
+        return len(shape) == 2 and shape[0] == shape[1] and params["offset"] == 0
+    if picked.operator in (ops.SELECT, ops.NARROW, ops.GATHER):
+        return bool(params["dim"] == dim)
+    if picked.operator is ops.INDEX and isinstance(params["key"], tuple) and len(params["key"]) == len(shape):
+        return _indexes_rows(params["key"], shape, dim)
+    return False
+
+
+def _indexes_rows(key: tuple[object, ...], shape: Shape, dim: int) -> bool:
+    """Whether it is `[:, k]`, or `[0, 1, ..., n - 1; y]`."""
+    if type(key[dim]) is int:
+        return all(type(entry) is slice and entry == slice(None) for place, entry in enumerate(key) if place != dim)
+    if len(shape) != 2:
+        return False
+    rows, size = key[1 - dim], shape[1 - dim]
+    if isinstance(rows, Leaf):
+        return rows.shape == (size,) and rows.counts()
+    return isinstance(rows, (list, range)) and list(rows) == list(range(size))

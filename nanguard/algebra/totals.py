@@ -1,0 +1,74 @@
+"""Smart constructors of terms: totals, weights and bounds.
+
+Writing l for the logarithm of p:
+
+1. `logsumexp`, `logmeanexp`, `logcumsumexp`: log sum p = logsumexp l; the mean has - log n.
+2. `weigh`: w p for a tensor w about whose sign nothing is known.
+3. `clamp`: log is increasing, so log clamp(p, a, b) = clamp(l, log a, log b).
+"""
+
+from __future__ import annotations
+
+import math
+
+from nanguard.algebra import build
+from nanguard.algebra import operators as ops
+from nanguard.algebra.build import minus, reduced, unsigned
+from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term, Unrecognised
+
+__all__ = ["clamp", "full", "logcumsumexp", "logmeanexp", "logsumexp", "scatter_add", "weigh"]
+
+
+def logsumexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
+    """Rests on log sum p = logsumexp l."""
+    return _total(ops.LOGSUMEXP, a, dims, keepdim)
+
+
+def logmeanexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
+    """Rests on log mean p = logsumexp l - log n."""
+    return _total(ops.LOGMEANEXP, a, dims, keepdim, count=math.prod(a.shape[dim] for dim in dims))
+
+
+def _total(operator: Operator, a: Term, dims: tuple[int, ...], keepdim: bool, **params: int) -> Term:
+    if not dims:
+        return a
+    flip, a = unsigned(a)
+    total = Apply(operator, (a,), reduced(a.shape, dims, keepdim), dim=dims, keepdim=keepdim, **params)
+    return minus(total) if flip else total
+
+
+def logcumsumexp(a: Term, dim: int) -> Term:
+    """Rests on log cumsum p = logcumsumexp l."""
+    flip, a = unsigned(a)
+    total = Apply(ops.LOGCUMSUMEXP, (a,), a.shape, dim=dim)
+    return minus(total) if flip else total
+
+
+def full(constant: float, shape: Shape) -> Term:
+    """The logarithm of a constant, of 0 too. Raises `Unrecognised` below."""
+    if constant < 0:
+        raise Unrecognised
+    return Apply(ops.FULL, (), shape, constant=constant)
+
+
+def weigh(a: Term, weight: Term) -> Term:
+    """The number w p, given w itself."""
+    flip, a = unsigned(a)
+    product = Apply(ops.WEIGH, (a, weight), build.broadcast_shapes(a.shape, weight.shape))
+    return minus(product) if flip else product
+
+
+def clamp(a: Term, minimum: float | None, maximum: float | None) -> Term:
+    """Bounds above zero for p are bounds for l: log is increasing."""
+    if minimum is not None:
+        a = Apply(ops.CLAMP_MIN, (a,), a.shape, constant=minimum)
+    if maximum is not None:
+        a = Apply(ops.CLAMP_MAX, (build.positive(a),), a.shape, constant=maximum)
+    return a
+
+
+def scatter_add(a: Term, b: Term, dim: int, index: Leaf) -> Term:
+    """The logarithm of p after q was added to it at the places of an index."""
+    if a.signed or b.signed or b.shape != index.shape:
+        raise Unrecognised
+    return Apply(ops.SCATTER_ADD, (a, b), a.shape, dim=dim, index=index)
