@@ -37,6 +37,9 @@ Cause = Literal[
 class Swap:
     """One place in the user's code where an unstable computation was replaced.
 
+    On a CPU, numbers that have all their digits as they are written are kept; the place is listed all the same, because other
+    numbers will not have them.
+
     Attributes:
         rule: code of the rule, such as ``NG101``; ``nanguard rule NG101`` explains it.
         file: the user's source file (never torch's or nanguard's own).
