@@ -22,8 +22,9 @@ __all__ = ["Digits", "digits_of", "divisor_of", "is_small", "keeps_digits"]
 
 Digits = Literal["all", "if parents", "if divisor", "unknown"]
 
-# Anything larger is faster computed anew, in one go.
+# What comes from anything larger is faster computed anew, in one go; and to look at more numbers takes as long as that.
 SMALL = 1 << 20
+FEW = 1 << 16
 _BOUND = 2.0**40
 _DTYPES = (torch.float32, torch.float64)
 _SOURCES = frozenset({"exp", "softmax", "sigmoid"})
@@ -78,7 +79,7 @@ def is_small(term: Term) -> bool:
 
 def keeps_digits(tensor: Tensor) -> bool:
     """Whether its logarithm, its reciprocal and their derivatives are as good as the tensor itself."""
-    if tensor.dtype not in _DTYPES or not tensor.is_cpu or not 0 < tensor.numel() < SMALL:
+    if tensor.dtype not in _DTYPES or not tensor.is_cpu or not 0 < tensor.numel() < FEW:
         return False
     if torch._C._len_torch_dispatch_stack() or environment.in_transform():
         return False
