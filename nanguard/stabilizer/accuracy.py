@@ -1,8 +1,11 @@
 """Where the numbers of the user's code are as good as any: there they are kept.
 
 A softmax, a sigmoid and the exponential of moderate numbers have all their digits, and so has a sum of them. With
-2^-40 <= q <= 2^40 neither log q nor its derivative 1 / q, nor the derivative of e / q, loses any of them, overflows or
-underflows. To look costs less than to compute anew, unless the tensors are large, or the device would have to be waited for.
+2^-24 <= q <= 2^24 neither log q nor its derivative 1 / q, nor the derivative of e / q, overflows or underflows, even where it is
+multiplied by 1e31. The logarithm of what is close to 1 loses digits all the same, as log(1 + e) becomes 0; only that of a softmax
+is no better in its stable form.
+
+To look costs less than to compute anew, unless the tensors are large, or the device would have to be waited for.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ Digits = Literal["all", "if parents", "if divisor", "unknown"]
 # What comes from anything larger is faster computed anew, in one go; and to look at more numbers takes as long as that.
 SMALL = 1 << 20
 FEW = 1 << 16
-_BOUND = 2.0**40
+_BOUND = 2.0**24
 _DTYPES = (torch.float32, torch.float64)
 _SOURCES = frozenset({"exp", "softmax", "sigmoid"})
 _DIVISORS = {"div": "other", "reciprocal": "input"}
@@ -77,11 +80,24 @@ def is_small(term: Term) -> bool:
     return all(math.prod(leaf.shape) < SMALL for leaf in term.leaves if isinstance(leaf, Leaf))
 
 
-def keeps_digits(tensor: Tensor) -> bool:
-    """Whether its logarithm, its reciprocal and their derivatives are as good as the tensor itself."""
+def is_picked(term: Term) -> bool:
+    """Whether it is all or part of the logarithm of a softmax."""
+    while isinstance(term, Apply) and term.operator.move and len(term.args) == 1:
+        term = term.args[0]
+    return isinstance(term, Apply) and term.operator is ops.LOG_SOFTMAX
+
+
+def keeps_digits(tensor: Tensor, near_one: bool = True) -> bool:
+    """Whether its reciprocal, its logarithm and their derivatives are as good as the tensor itself.
+
+    Arguments:
+        tensor: of positive numbers.
+        near_one: whether some may be close to 1, or on both sides of it.
+    """
     if tensor.dtype not in _DTYPES or not tensor.is_cpu or not 0 < tensor.numel() < FEW:
         return False
     if torch._C._len_torch_dispatch_stack() or environment.in_transform():
         return False
     low, high = tensor.detach().aminmax()
-    return low.item() >= 1 / _BOUND and high.item() <= _BOUND
+    least, most = low.item(), high.item()
+    return least >= 1 / _BOUND and most <= _BOUND and (near_one or least >= 2.0 or most <= 0.5)

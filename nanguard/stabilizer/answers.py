@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanguard.algebra import Rule, Term
 from nanguard.stabilizer import environment
-from nanguard.stabilizer.accuracy import is_small
+from nanguard.stabilizer.accuracy import is_picked, is_small
 from nanguard.stabilizer.evaluate import Program, compute_dtype, is_fresh, program
 from nanguard.stabilizer.graft import graft
 from nanguard.stabilizer.outline import filled, outlined
@@ -36,9 +36,10 @@ class Answer:
         picking: what it picks from a softmax, where it does.
         watched: whether the advisor looks at its numbers.
         may_stay: whether the value as written may be kept where it has all its digits.
+        near_one: whether the logarithm of what is close to 1 has them.
     """
 
-    __slots__ = ("_program", "dtype", "fresh", "may_stay", "outline", "picking", "rule", "watched")
+    __slots__ = ("_program", "dtype", "fresh", "may_stay", "near_one", "outline", "picking", "rule", "watched")
 
     def __init__(self, rule: Rule, outline: Term, dtype: torch.dtype, inner: torch.dtype) -> None:
         self.rule = rule
@@ -48,6 +49,7 @@ class Answer:
         self.picking: Picking | None = picking(outline)
         self.watched = False
         self.may_stay = is_small(outline)
+        self.near_one = is_picked(outline)
         self._program: Program = program(outline, inner)
 
     def written(self, values: Sequence[Tensor]) -> Callable[[], Term]:

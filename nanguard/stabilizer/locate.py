@@ -16,7 +16,7 @@ from torch import Tensor
 from nanguard.algebra import Leaf
 from nanguard.source import is_user_file
 
-__all__ = ["FrameNames", "expression", "free_name", "user_frame"]
+__all__ = ["FrameNames", "expression", "free_name", "named_callers", "user_frame"]
 
 
 def user_frame() -> FrameType:
@@ -59,8 +59,7 @@ class FrameNames:
         self._taken = {*frame.f_code.co_varnames, *frame.f_code.co_names}
         self._names: dict[int, str] = {}
         self._bases: dict[int, str] = {}
-        # Never beyond the second caller: names would stand for something else there.
-        for caller in itertools.islice(_callers(frame), 3):
+        for caller in named_callers(frame):
             for name, value in _local_tensors(caller):
                 self._names.setdefault(id(value), name)
 
@@ -79,6 +78,11 @@ class FrameNames:
         if isinstance(index, Tensor) and index.device.type == "cpu" and index.dtype == torch.int64:
             return index.tolist() == list(range(length))
         return False
+
+
+def named_callers(frame: FrameType) -> Iterator[FrameType]:
+    """The frames whose names are used. Never beyond the second caller: names would stand for something else there."""
+    return itertools.islice(_callers(frame), 3)
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:

@@ -1,7 +1,7 @@
 """Elements of a large log-softmax, or all of them, from the softmax that the user's code has computed already.
 
-With p = softmax(x) at hand, the logarithm of the total is max(x) - log max(p): the largest probability of n is at least 1/n,
-and so has all its digits. What is picked from x minus that total costs no second softmax, forward or backward:
+With p = softmax(x) at hand, log p = (x - max x) + log max p: the largest probability of n is at least 1/n, and so has all its
+digits. That costs no second softmax, forward or backward:
 
     d log p_k / dx = e_k - p
 
@@ -82,8 +82,14 @@ class Picking:
             p: the picked probabilities, as the user's code computed them.
         """
         x = values[self._logits]
-        softmax = self._kept(x, parents)
-        if softmax is None or softmax.dtype != dtype or not torch.is_grad_enabled():
+        node = self._kept(x, parents)
+        if node is None or not torch.is_grad_enabled():
+            return None
+        try:
+            softmax: Tensor = node._saved_result.detach()
+        except RuntimeError:  # it was edited, or a backward pass has let go of it
+            return None
+        if softmax.dtype != dtype:
             return None
 
         def chosen(tensor: Tensor) -> Tensor:
@@ -93,20 +99,16 @@ class Picking:
             return tensor
 
         exact = len(parents) == 1 and parents[0].exact and keeps_digits(p)
-        gradient = _Gradient(self._dim, self._moves, values, chosen)
+        gradient = _Gradient(node, self._dim, self._moves, values, chosen)
         result: Tensor = _Picked.apply(x, softmax, gradient, p.detach() if exact else None)  # type: ignore[no-untyped-call]
         return result
 
-    def _kept(self, x: Tensor, parents: tuple[Known, ...]) -> Tensor | None:
+    def _kept(self, x: Tensor, parents: tuple[Known, ...]) -> Any:
         stack, seen = list(parents), set()
         while stack:
             known = stack.pop()
             if known.basis is not None and self._is_softmax_of(known, x):
-                try:
-                    softmax: Tensor = known.basis._saved_result
-                except RuntimeError:  # it was edited, or a backward pass has let go of it
-                    return None
-                return softmax
+                return known.basis
             for parent in known.parents:
                 if id(parent) not in seen:
                     seen.add(id(parent))
@@ -137,13 +139,22 @@ def picking(outline: Term) -> Picking | None:
 
 @final
 class _Gradient:
-    """What the gradient of picked log-probabilities makes of that of the logits."""
+    """What the gradient of picked log-probabilities makes of that of the logits.
 
-    __slots__ = ("_moves", "_values", "chosen", "dim")
+    The softmax is no input of the node that it stands in: a derivative asked for at the softmax has to take the other way.
+    """
+
+    __slots__ = ("_moves", "_node", "_values", "chosen", "dim")
 
     def __init__(
-        self, dim: int, moves: list[Apply], values: Sequence[Tensor], chosen: Callable[[Tensor], Tensor]
+        self,
+        node: Any,
+        dim: int,
+        moves: list[Apply],
+        values: Sequence[Tensor],
+        chosen: Callable[[Tensor], Tensor],
     ) -> None:
+        self._node = node
         self.dim = dim
         self.chosen = chosen
         self._moves = moves
@@ -159,6 +170,7 @@ class _Gradient:
         spread = self._spread(softmax, grad) if self._moves else grad
         total = spread.sum(dim, keepdim=True)
         if torch.is_grad_enabled():
+            softmax = self._node._saved_result  # as part of its graph
             return spread - softmax * total
         return torch.addcmul(spread, softmax, total, value=-1)
 
@@ -205,8 +217,10 @@ class _Picked(torch.autograd.Function):
         ctx.save_for_backward(softmax)
         if p is not None:
             return p.log()
-        total = x.amax(gradient.dim, keepdim=True) - softmax.amax(gradient.dim, keepdim=True).log()
-        return gradient.chosen(x) - gradient.chosen(total.expand_as(x))
+        chosen, dim = gradient.chosen, gradient.dim
+        # In this order: the maximum may be far larger than what the others differ by.
+        above = chosen(x) - chosen(x.amax(dim, keepdim=True).expand_as(x))
+        return above.add_(chosen(softmax.amax(dim, keepdim=True).log_().expand_as(x)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -138,9 +138,9 @@ class Queries:
     def _answered(self, query: _Query, answer: Answer, values: Sequence[Tensor]) -> Tensor | None:
         naive, parents = query.subject, query.parents
         exact = answer.may_stay and len(parents) == 1 and parents[0].exact
-        if exact and self._stay.may_keep(parents) and keeps_digits(naive):
+        if exact and self._stay.may_keep(parents) and keeps_digits(naive, answer.near_one):
             # As good as the stable value. It is told all the same, as other numbers change that.
-            self._report.add(answer.rule, answer.written(values))
+            self._report.add(answer.rule, answer.written(values), answer)
             kept: Tensor = query.call()
             return kept
         if not self._stay.may_swap(parents):
@@ -166,7 +166,7 @@ class Queries:
 
     def _note(self, query: _Query, answer: Answer, values: Sequence[Tensor], stable: Tensor) -> None:
         written = answer.written(values)
-        self._report.add(answer.rule, written)
+        self._report.add(answer.rule, written, answer)
         if answer.rule.kind != "advice" and answer.watched:
             dtype = query.subject.dtype
             self._advisor.answered(query.law, query.parents, written(), query.floored, stable, dtype)

@@ -84,14 +84,14 @@ class Quotients:
         """
         kept = Quotient(naive, naive, exact=False)
         if divisor is not None and answer.may_stay and self._stay.may_keep(parents) and keeps_digits(divisor):
-            self._report.add(answer.rule, answer.written(values))
+            self._report.add(answer.rule, answer.written(values), answer)
             return Quotient(naive, naive, exact=True)
         if (in_place and not may_be_overwritten(naive)) or not self._stay.may_swap(parents):
             return kept
         stable = answer.computed(values, naive)
         if stable is None:
             return kept
-        self._report.add(answer.rule, answer.written(values))
+        self._report.add(answer.rule, answer.written(values), answer)
         if in_place:
             return Quotient(graft_in_place(naive, stable, None), stable, exact=False)
         return Quotient(grafted(naive, stable, answer.fresh, answer.dtype, None, _unchanged), stable, exact=True)

@@ -11,7 +11,7 @@ from nanguard.algebra import Rule, Term
 from nanguard.algebra.render import replacement
 from nanguard.errors import NumericalAdvice
 from nanguard.incident import Advice, Swap
-from nanguard.stabilizer.locate import FrameNames, expression, user_frame
+from nanguard.stabilizer.locate import FrameNames, expression, named_callers, user_frame
 from nanguard.telling import tell_advice
 
 __all__ = ["Note", "Report", "Swaps"]
@@ -87,15 +87,21 @@ class Report:
         self._untold: list[tuple[Advice, dict[Any, Any]]] = []
         self._open = 0
 
-    def add(self, rule: Rule, term: Callable[[], Term]) -> None:
-        """Note that `rule` replaced what the user's code is computing right now by a term, which is asked for once."""
+    def add(self, rule: Rule, term: Callable[[], Term], answer: object = None) -> None:
+        """Note that `rule` replaced what the user's code is computing right now.
+
+        Arguments:
+            rule: what it was an instance of.
+            term: gives what it was replaced by; asked for at first sight.
+            answer: the same for all terms that are written alike.
+        """
         if self._silent:
             return
         frame = user_frame()
         key = _place(frame, rule)
         known = self._seen.get(key)
         if known is None:
-            line, original, text = _described(key, frame, rule, term)
+            line, original, text = _described(frame, rule, term, answer)
             swap = Swap(rule.code, frame.f_code.co_filename, line, original, text, count=0)
             known = self._seen[key] = _merged(self.swaps, swap)
         known.count += 1
@@ -160,7 +166,7 @@ class Report:
 
 
 # What was written about places before: a loop may enter a block of its own in every step.
-_DESCRIBED: dict[Place, tuple[int, str, str]] = {}
+_DESCRIBED: dict[Any, tuple[int, str, str]] = {}
 _MOST_PLACES = 4096
 
 
@@ -168,9 +174,11 @@ def _place(frame: FrameType, rule: Rule) -> Place:
     return frame.f_code, frame.f_code.co_filename, frame.f_lasti, rule.code
 
 
-def _described(key: Place, frame: FrameType, rule: Rule, term: Callable[[], Term]) -> tuple[int, str, str]:
-    """Line and source of a place, and what to write instead."""
-    found = _DESCRIBED.get(key)
+def _described(frame: FrameType, rule: Rule, term: Callable[[], Term], answer: object) -> tuple[int, str, str]:
+    """Line and source of a place, and what to write instead, which depends on where the place was called from, too."""
+    callers = tuple([(caller.f_code, caller.f_code.co_filename, caller.f_lasti) for caller in named_callers(frame)])
+    key = (rule.code, answer, callers)
+    found = _DESCRIBED.get(key) if answer is not None else None
     if found is None:
         if len(_DESCRIBED) >= _MOST_PLACES:
             _DESCRIBED.clear()

@@ -88,6 +88,8 @@ def t(call: Call) -> Term:
 @law("torch.Tensor.mT.__get__(input)\n ?torch.Tensor.adjoint(input)\n torch.Tensor.mH.__get__(input)")
 def matrix_transpose(call: Call) -> Term:
     rank = len(call.log().shape)
+    if rank < 2:
+        raise Unrecognised
     return _swapped(call.log(), rank - 2, rank - 1)
 
 
