@@ -1,6 +1,7 @@
 """The list of swaps: where, what stood there, what to write instead."""
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -155,3 +156,27 @@ def test_a_library_is_not_the_users_code():
 class Log(torch.nn.Module):
     def forward(self, p):
         return torch.log(p)
+
+
+def test_a_helper_is_told_what_to_write_for_whatever_it_is_called_with():
+    def safe_log(p):
+        return p.log()
+
+    x, z = torch.randn(3, 4), torch.randn(3, 4)
+    texts = []
+    for probability in (lambda: x.softmax(1), lambda: z.softmax(0), lambda: z.softmax(1)[:, 0], lambda: x.softmax(1)):
+        with nanguard.stabilize() as swaps:
+            safe_log(probability())
+        texts.append(swaps[0].replacement)
+    assert texts == [
+        "F.log_softmax(x, dim=1)",
+        "F.log_softmax(z, dim=0)",
+        "F.log_softmax(z, dim=1)[:, 0]",
+        "F.log_softmax(x, dim=1)",
+    ]
+
+
+def test_a_transposed_number_is_the_number():
+    x = torch.randn(3)
+    with nanguard.stabilize(), warnings.catch_warnings(action="ignore"):
+        assert torch.equal(x.softmax(0).max().mT, x.softmax(0).max())
