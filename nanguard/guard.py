@@ -285,7 +285,13 @@ class Guard:
         options = self.policy.diagnosis
         if self._rerun is None:
             return suspects(self._module, attempt.micro.args, self._transaction.buffers(attempt.micro.before))
-        found = diagnose(attempt.micro, self._rerun, healthy=self._healthy, samples=options.samples)
+        found = diagnose(
+            attempt.micro,
+            self._rerun,
+            healthy=self._healthy,
+            samples=options.samples,
+            counterfactual=options.counterfactuals,
+        )
         if trigger == "scaler" and found.verdict == "transient":
             return Diagnosis(advice=_SCALER_ADVICE)
         return found
@@ -342,6 +348,8 @@ def _picked(micro: MicroBatch, samples: tuple[int, ...] | None) -> tuple[int, ..
         return None
     if len(indices) == 1:
         return indices
-    if batch_size(micro.args[0]) != len(indices):  # collation made another number of rows of these samples
+    if batch_size(micro.args[0], len(indices)) != len(
+        indices
+    ):  # collation made another number of rows of these samples
         return None
     return tuple(indices[position] for position in samples)

@@ -87,7 +87,7 @@ class Session:
         peers = _peers(trainer) if trainer.world_size > 1 else None
         rerun = None
         if peers is None and module.automatic_optimization:
-            rerun = Rerun(module, transaction, self._step, self._quiet)
+            rerun = Rerun(module, transaction, self._step, self._quiet, lambda: trainer.optimizers)
         return Guard(
             self._policy,
             module,

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from nanguard.diagnosis.naming import clean_name
+from nanguard.diagnosis.records import storage_of
+from nanguard.diagnosis.statistics import is_finite, plain
 from nanguard.trees import named_tensors
 
-__all__ = ["leaf_path", "named_leaves"]
+__all__ = ["leaf_path", "meant_leaves", "named_leaves"]
 
 
 def named_leaves(args: Sequence[Any]) -> list[tuple[str, Tensor]]:
@@ -18,14 +22,19 @@ def named_leaves(args: Sequence[Any]) -> list[tuple[str, Tensor]]:
     return [pair for root, argument in zip(roots, args, strict=False) for pair in named_tensors(argument, root)]
 
 
+def meant_leaves(args: Sequence[Any]) -> frozenset[str]:
+    """Paths of the tensors in a healthy call that hold infinities: there they are meant."""
+    return frozenset(
+        path for path, tensor in named_leaves(args) if not is_finite(tensor) and not bool(torch.isnan(tensor).any())
+    )
+
+
 def leaf_path(tensor: Tensor, inputs: list[tuple[str, Tensor]], module: nn.Module) -> str | None:
     """The name of a tensor (or of what it is a view of) among the inputs, parameters and buffers of a step."""
-    outside = [*inputs, *module.named_parameters(), *module.named_buffers()]
-    return next((name for name, candidate in outside if candidate is tensor or _same_storage(candidate, tensor)), None)
-
-
-def _same_storage(one: Tensor, other: Tensor) -> bool:
-    try:
-        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError, ValueError):  # sparse, lazy and wrapped tensors have none
-        return False
+    weights = [*module.named_parameters(), *module.named_buffers()]
+    outside = [*inputs, *((clean_name(name), entry) for name, entry in weights)]
+    storage = storage_of(tensor)
+    found = [(name, entry) for name, entry in outside if entry is tensor or storage_of(entry) == storage]
+    # Several leaves may share memory, as columns of one table: the one at fault is the one that is not finite.
+    bad = [name for name, entry in found if plain(entry) and not is_finite(entry)]
+    return next(iter(bad or [name for name, _ in found]), None)

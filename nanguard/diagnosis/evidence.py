@@ -1,0 +1,178 @@
+"""Judging one non-finite result: what of it is meant, what is new, and what the operation was given there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanguard.diagnosis.operations import JUDGED, broadcast_to
+from nanguard.diagnosis.records import Evidence, Record, Source, Value, storage_of
+from nanguard.diagnosis.statistics import describe_tensor, nonfinite, plain
+
+__all__ = ["evidence_of", "judged", "reaches"]
+
+_FEW = 256
+
+
+def judged(record: Record, tensor: Tensor, wanted: bool) -> Value:
+    """A non-finite result, told apart into what is bad and what is meant.
+
+    Args:
+        record: the operation with its sources.
+        tensor: its result.
+        wanted: whether the operation was given an infinite number, as `masked_fill` is.
+    """
+    mask = nonfinite(tensor)
+    value = Value(tensor.detach(), bad=mask)
+    if record.backward:  # nobody means an infinite gradient
+        return value
+    meant = _union(record, [source for source in record.sources if source.value.meant is not None], "meant", mask)
+    if meant is None and not wanted:
+        record.mask_like = _logarithm_of_a_mask(record)
+        return value
+    bad = _union(record, [source for source in record.sources if source.value.bad is not None], "bad", mask)
+    allowed = torch.isinf(tensor) & (torch.ones_like(mask) if wanted or meant is None else meant)
+    if bad is not None:
+        allowed &= ~bad
+    if bool(allowed.any()):
+        value.meant = allowed
+        left = mask & ~allowed
+        value.bad = left if bool(left.any()) else None
+    return value
+
+
+def _union(record: Record, sources: list[Source], kind: str, mask: Tensor) -> Tensor | None:
+    """The elements of the result that such elements of the inputs reach; all of them where that cannot be told."""
+    if not sources:
+        return None
+    found = torch.zeros_like(mask)
+    for source in sources:
+        part = getattr(source.value, kind)
+        spread = reaches(record, source, part, mask.shape)
+        if spread is None:
+            return torch.ones_like(mask)
+        found |= spread
+    return found
+
+
+def reaches(record: Record, source: Source, part: Tensor, shape: torch.Size) -> Tensor | None:
+    """Which elements of the result of an element-wise operation some elements of an input reach; `None` for others."""
+    if not record.pointwise:
+        return None
+    spread = broadcast_to(part, shape)
+    if spread is None:
+        return None
+    chosen = chosen_where(record, source)
+    if chosen is not None:
+        fitting = broadcast_to(chosen, shape)
+        if fitting is not None:
+            return spread & fitting
+    return spread
+
+
+def chosen_where(record: Record, source: Source) -> Tensor | None:
+    """Where a `where` or a `masked_fill` takes this input."""
+    if record.selector is None:
+        return None
+    tensors = [value for value in record.inputs if isinstance(value, Tensor)]
+    if record.kernel == "aten.masked_fill":
+        return record.selector
+    if len(tensors) < 3 or same_place(tensors[1], tensors[2]):
+        return None
+    return record.selector if same_place(tensors[1], source.value.tensor) else ~record.selector
+
+
+def same_place(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same view of the same memory."""
+    return (
+        storage_of(one) == storage_of(other)
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.storage_offset() == other.storage_offset()
+    )
+
+
+def evidence_of(
+    record: Record,
+    tensor: Tensor,
+    given: list[Any],
+    masked: set[int],
+    dependent: set[int],
+    *,
+    continued: bool = False,
+) -> Evidence | None:
+    """What made the elements of a result bad that no input accounts for; `None` where there are no such elements.
+
+    Args:
+        record: the operation, with its sources and its result.
+        tensor: the result.
+        given: tensors and numbers that it was given, in order.
+        masked: memory of gradients that a mask of the program made 0.
+        dependent: memory that depends on the batch.
+        continued: whether to look at all bad elements, also those that came in.
+    """
+    bad = record.writes[0].value.bad
+    if bad is None:
+        return None
+    carriers = [source for source in record.sources if source.value.bad is not None]
+    new = bad
+    if not continued and carriers:
+        known = _union(record, carriers, "bad", bad)
+        new = bad if known is None else bad & ~known
+        if not bool(new.any()):
+            return None
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    guilty = _guilty(record, given, new)
+    spots = [(value, _at(value, new)) for value in tensors if plain(value)]
+    zeros = [value for value, at in spots if at is not None and at.numel() and bool((at == 0).all())]
+    nan = _at(tensor, new)
+    nan_there = nan is not None and bool(torch.isnan(nan).any())
+    meant = any(source.value.meant is not None for source in record.sources)
+    if continued:
+        zero = bool(zeros) and nan is not None and bool(torch.isnan(nan).all())
+        return Evidence(new, nan=nan_there, zero=zero, masked=any(storage_of(value) in masked for value in zeros))
+    # Only a NaN can be 0 * inf or 0 / 0, and only where all the spots are such.
+    zero = record.backward and nan is not None and bool(torch.isnan(nan).all()) and bool(zeros)
+    numbers = [torch.tensor(float(v), dtype=torch.float64) for v in given if not isinstance(v, Tensor)]
+    shown = tensors + (numbers if record.kernel in JUDGED or record.kernel in ("aten.add", "aten.sub") else [])
+    return Evidence(
+        new,
+        stats=tuple(describe_tensor(f"input {i}", value) for i, value in enumerate(shown)),
+        guilty=guilty,
+        nan=nan_there,
+        zero=zero,
+        masked=any(storage_of(value) in masked for value in zeros),
+        meant=meant,
+        row=record.row_masked,
+        independent=tuple(i for i, value in enumerate(given) if not _depends(value, dependent)),
+    )
+
+
+def _depends(value: Any, dependent: set[int]) -> bool:
+    return isinstance(value, Tensor) and storage_of(value) in dependent
+
+
+def _guilty(record: Record, given: list[Any], new: Tensor) -> tuple[Tensor, ...]:
+    """The inputs' values where the result is bad."""
+    found = []
+    for value in given:
+        at = _at(value, new) if isinstance(value, Tensor) else torch.tensor([float(value)], dtype=torch.float64)
+        found.append(torch.empty(0) if at is None else at.double())
+    return tuple(found)
+
+
+def _at(value: Tensor, where: Tensor) -> Tensor | None:
+    if value.is_complex() or value.layout is not torch.strided or value.is_nested:
+        return None
+    spread = broadcast_to(value.detach(), where.shape)
+    return None if spread is None else spread[where][:_FEW]
+
+
+def _logarithm_of_a_mask(record: Record) -> bool:
+    """Whether it is the logarithm of zeros and ones that nobody learns: a mask, spelled ``mask.log()``."""
+    if record.kernel != "aten.log" or not record.inputs or not isinstance(record.inputs[0], Tensor):
+        return False
+    tensor = record.inputs[0]
+    return not tensor.requires_grad and bool(((tensor == 0) | (tensor == 1)).all())

@@ -1,0 +1,306 @@
+"""A recording of one forward and backward pass: which operation turned what into something non-finite.
+
+1. Every result is judged once, by its sum where that is finite; what shares memory with a finite tensor is not judged again.
+2. A non-finite element is bad, or it is meant (see `nanguard.diagnosis.records`). 3. An operation whose result is bad where
+its inputs were not keeps evidence: statistics of its inputs, and their values at those elements. 4. Who wrote which
+part of which memory is remembered for non-finite values only, and keeps that memory alive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanguard.diagnosis.evidence import evidence_of, judged
+from nanguard.diagnosis.naming import function_of, module_names, place_here, recomputing
+from nanguard.diagnosis.operations import JUDGED, MASKS, ROWS, Operation, arguments, operation, row_masked
+from nanguard.diagnosis.records import Place, Record, Source, Value, Write, storage_of
+from nanguard.diagnosis.statistics import is_finite, nonfinite, plain
+
+__all__ = ["Trace"]
+
+_NOWHERE = Place()
+_sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
+
+
+@final
+class Trace(TorchDispatchMode):
+    """Records while it is active. It synchronises after every operation: for the autopsy only.
+
+    Args:
+        root: module whose submodules give the operations their place.
+        batch: tensors that come from the batch, whose infinities nobody can have meant.
+        weights: the same of parameters and buffers.
+    """
+
+    def __init__(self, root: nn.Module, batch: Iterable[Tensor] = (), weights: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = module_names(root)
+        self._stack: list[str] = [""]
+        self._count = 0
+        self._batch = {storage_of(tensor) for tensor in batch}
+        self._suspects = {*self._batch, *(storage_of(tensor) for tensor in weights)}
+        self._dependent = set(self._batch)
+        self._masked: set[int] = set()
+        self._made: set[int] = set()
+        self._seen: set[tuple[Any, ...]] = set()
+        self._kept: list[Tensor] = []
+        self.bad: dict[int, list[Write]] = {}
+        self.outside: dict[int, list[Value]] = {}
+        self.forward: dict[int, Record] = {}
+        self.modules: dict[tuple[Any, ...], str] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[Trace]:
+        """Active inside the block, also for the modules that are called in it."""
+        before = register_module_forward_pre_hook(lambda module, args: self._stack.append(self._place(module)))
+        after = register_module_forward_hook(lambda module, args, out: self._leave(), always_call=True)
+        try:
+            with self:
+                yield self
+        finally:
+            before.remove()
+            after.remove()
+            del self._stack[1:]
+
+    def _place(self, module: nn.Module) -> str:
+        return self._names.get(id(module), self._stack[-1])
+
+    def _leave(self) -> None:
+        if len(self._stack) > 1:
+            self._stack.pop()
+
+    # -- one operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = operation(func)
+        given = arguments((*args, *kwargs.values())) if kwargs else arguments(args)
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        # Before the call: an in-place operation overwrites what it was given.
+        sources = [source for source in map(self._source, tensors) if source is not None]
+        overwrites = bool(known.written) and known.name in JUDGED
+        kept = [value.clone() if overwrites and isinstance(value, Tensor) else value for value in given]
+        result = func(*args, **kwargs)
+        results = [value for value in arguments([result]) if isinstance(value, Tensor)]
+        record = self._record(known)
+        self._taint(known, record, tensors, results)
+        if known.empty:
+            self._made.update(storage_of(tensor) for tensor in results)
+            return result
+        if known.view:
+            if not sources:
+                self._seen.update(_key(tensor) for tensor in results if storage_of(tensor) not in self._made)
+            return result
+        returned = {id(tensor) for tensor in results}
+        written = [_argument(args, kwargs, *place) for place in known.written]
+        outputs = results + [
+            value for value in arguments(written) if isinstance(value, Tensor) and id(value) not in returned
+        ]
+        bad = [tensor for tensor in outputs if not self._finite(tensor)]
+        if bad:
+            self._note(known, record, (args, kwargs), kept, sources, bad)
+        return result
+
+    def _record(self, known: Operation) -> Record:
+        self._count += 1
+        node = torch._C._current_autograd_node()
+        backward = node is not None and not (torch.is_grad_enabled() and recomputing())
+        if backward:
+            sequence, place, module = node._sequence_nr(), _NOWHERE, ""
+            return Record(self._count, known.name, module, place, True, sequence, function_of(node))
+        place = place_here()
+        sequence = _sequence_number() - 1
+        module = self._stack[-1]
+        if node is not None:  # computed again: outside the modules that it was called from at first
+            module = self.modules.get((known.name, place.frame), module)
+        else:
+            self.modules.setdefault((known.name, place.frame), module)
+        record = Record(self._count, known.name, module, place, False, None, pointwise=known.pointwise)
+        self.forward.setdefault(sequence, record)
+        return record
+
+    def _taint(self, known: Operation, record: Record, tensors: list[Tensor], results: list[Tensor]) -> None:
+        """Carries on what depends on the batch and, in a backward pass, what gradients a mask of the program made 0."""
+        given = [storage_of(tensor) for tensor in tensors]
+        made = [storage_of(tensor) for tensor in results]
+        if any(storage in self._dependent for storage in given):
+            self._dependent.update(made)
+        else:
+            self._dependent.difference_update([storage for storage in made if storage not in given])
+        if not record.backward:
+            return
+        if any(storage in self._masked for storage in given) or _masks(known, tensors):
+            self._masked.update(made)
+        else:
+            self._masked.difference_update([storage for storage in made if storage not in given])
+
+    def _finite(self, tensor: Tensor) -> bool:
+        """Judges a result, and takes note of it where it is finite."""
+        storage = storage_of(tensor)
+        if not is_finite(tensor):
+            return False
+        self._made.add(storage)
+        if storage in self.bad and _covers(tensor):
+            del self.bad[storage]
+            self.outside.pop(storage, None)
+        return True
+
+    def _source(self, tensor: Tensor) -> Source | None:
+        if not plain(tensor) or tensor.is_nested:
+            return None
+        storage = storage_of(tensor)
+        if storage not in self.bad:
+            if storage in self._made:
+                return None
+            key = _key(tensor)
+            if key in self._seen:
+                return None
+            if is_finite(tensor):
+                self._seen.add(key)
+                return None
+            self._admit(tensor, storage)
+        mask = nonfinite(tensor)
+        if not bool(mask.any()):
+            return None
+        writes = list(self.bad[storage])
+        value = _shares(tensor, mask, writes, self.outside.get(storage, []))
+        external = storage in self.outside
+        return Source(value, writes, external, saved=not any(write.record.backward for write in writes))
+
+    def _admit(self, tensor: Tensor, storage: int) -> None:
+        """Takes note of a non-finite tensor that the step did not make."""
+        self._kept.append(tensor)
+        self.bad.setdefault(storage, [])
+        mask = nonfinite(tensor)
+        # An infinity in a constant is meant, and so is a mask of 0 and -inf wherever it stands. A NaN never is.
+        doubtful = storage in self._suspects or tensor.requires_grad
+        if bool(torch.isnan(tensor).any()) or (doubtful and not bool(((tensor == 0) | (tensor == -math.inf)).all())):
+            value = Value(tensor.detach(), bad=mask)
+        else:
+            value = Value(tensor.detach(), meant=mask)
+        self.outside.setdefault(storage, []).append(value)
+
+    # -- a non-finite result
+
+    def _note(
+        self, known: Operation, record: Record, call: Any, given: list[Any], sources: list[Source], bad: Any
+    ) -> None:
+        args, kwargs = call
+        record.sources = sources
+        record.inputs = given
+        record.selector = _selector(known.name, args)
+        if known.name in ROWS and not record.backward:
+            record.row_masked = row_masked(known.name, args, kwargs) is not None
+        wanted = any(isinstance(value, float) and math.isinf(value) for value in given)
+        for tensor in bad:
+            value = judged(record, tensor, wanted)
+            write = Write(record, value)
+            record.writes.append(write)
+            self._remember(tensor, write)
+        new = evidence_of(record, bad[0], given, self._masked, self._dependent)
+        if new is not None:
+            record.evidence = new
+        else:
+            self._continued(record, bad[0], given)
+
+    def _remember(self, tensor: Tensor, write: Write) -> None:
+        storage = storage_of(tensor)
+        self._kept.append(tensor)  # keeps the storage's address from being used again
+        self._made.discard(storage)
+        if _covers(tensor) or storage not in self.bad:
+            self.outside.pop(storage, None)
+            self.bad[storage] = []
+        self.bad[storage].append(write)
+
+    def _continued(self, record: Record, tensor: Tensor, given: list[Any]) -> None:
+        """The same derivative, continued: 0 * inf where `pow` and others multiply the gradient last."""
+        if not record.backward:
+            return
+        queue: list[Record] = [record]
+        seen: set[Record] = set()
+        while queue:
+            for source in queue.pop().sources:
+                for first in {write.record for write in source.writes} - seen:
+                    seen.add(first)
+                    if not first.backward or first.sequence != record.sequence:
+                        continue
+                    queue.append(first)
+                    if first.evidence is None:
+                        continue
+                    more = evidence_of(record, tensor, given, self._masked, self._dependent, continued=True)
+                    if more is not None and more.zero:
+                        first.evidence.zero = True
+                        first.evidence.masked |= more.masked
+
+
+def _argument(args: Any, kwargs: Any, position: int, name: str) -> Any:
+    return args[position] if position < len(args) else kwargs.get(name)
+
+
+def _key(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return (id(tensor),)
+    return storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def _covers(tensor: Tensor) -> bool:
+    """Whether a tensor is all there is in its memory."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return True
+    return tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes()
+
+
+def _masks(known: Operation, tensors: list[Tensor]) -> bool:
+    """Whether a backward operation gives a gradient of 0 to what a mask left out: also one that is multiplied."""
+    node = torch._C._current_autograd_node()
+    name = node.name() if node is not None else ""
+    if name.startswith(MASKS):
+        return True
+    if not name.startswith("MulBackward") or known.name != "aten.mul":
+        return False
+    return any(not tensor.requires_grad and plain(tensor) and _zeros_and_ones(tensor) for tensor in tensors[1:])
+
+
+def _zeros_and_ones(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and bool((tensor == 0).any()) and bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def _selector(name: str, args: Any) -> Tensor | None:
+    """Where the first of two inputs (`where`), or the only one (`masked_fill`), is what the result holds."""
+    if name == "aten.where" and isinstance(args[0], Tensor):
+        return args[0]
+    if name == "aten.masked_fill" and isinstance(args[1], Tensor):
+        return ~args[1]
+    return None
+
+
+def _shares(tensor: Tensor, mask: Tensor, writes: list[Write], outside: list[Value]) -> Value:
+    """A non-finite input, told apart into what is bad and what is meant."""
+    values = [write.value for write in writes] + outside
+    if all(value.meant is None for value in values):
+        return Value(tensor.detach(), bad=mask)
+    if all(value.bad is None for value in values):
+        nan = torch.isnan(tensor)
+        return Value(tensor.detach(), meant=mask) if not bool(nan.any()) else Value(tensor.detach(), bad=mask)
+    from nanguard.diagnosis.regions import carried_over
+
+    meant = torch.zeros_like(mask)
+    for value in values:
+        if value.meant is not None:
+            found = carried_over(value.tensor, value.meant, tensor)
+            if found is not None:
+                meant |= found
+        if value.bad is not None:
+            found = carried_over(value.tensor, value.bad, tensor)
+            if found is not None:
+                meant &= ~found
+    meant &= mask & torch.isinf(tensor)
+    return Value(tensor.detach(), bad=mask & ~meant, meant=meant)
