@@ -137,7 +137,9 @@ class _Case:
         """The whole diagnosis for an origin."""
         name = None
         if finding.external is not None:
-            name = leaf_path(finding.external, self._leaves, self._rerun.module)
+            named = leaf_path(finding.others or (finding.external,), self._leaves, self._rerun.module)
+            if named is not None:
+                name, finding = named[0], replace(finding, external=named[1])
         found = self._named(finding, name)
         forward = not outcome.loss_finite
         by_weights = self._by_weights(finding, found, forward)
@@ -197,7 +199,7 @@ class _Case:
     def _evidence(self, found: Diagnosis, finding: Finding, forward: bool, by_weights: bool) -> tuple[str, ...]:
         notes = []
         if by_weights and found.cause != "parameters":
-            notes.append("No sample is at fault: with these weights any batch fails.")
+            notes.append("No sample is at fault: with these weights and random numbers any batch fails.")
         if finding.caller is not None and finding.caller.caller is not None:
             caller = finding.caller.caller
             notes.append(f"It was called from {caller.file}:{caller.line}.")

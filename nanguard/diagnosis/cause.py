@@ -41,8 +41,8 @@ def cause_of(finding: Finding) -> Cause:
         return _reached(finding)
     evidence = finding.evidence
     if evidence is None:
-        return "unknown"
-    if finding.origin.phase == "forward" or finding.custom:
+        return "fully_masked" if finding.row else "unknown"
+    if finding.origin.phase != "backward" or finding.custom:
         return _forward(finding.kernel, evidence, finding.origin.operands)
     return _backward(finding, evidence)
 
@@ -60,13 +60,9 @@ def guilty_operand(finding: Finding, cause: Cause) -> int | None:
 
 def _reached(finding: Finding) -> Cause:
     """An infinity that was meant has reached the loss."""
-    if finding.evidence is None and _has_masked_row(finding):
+    if finding.row:
         return "fully_masked"
     return "log_of_zero" if finding.kernel in _WEIGHTED else "unknown"
-
-
-def _has_masked_row(finding: Finding) -> bool:
-    return finding.rows is not None
 
 
 def _forward(kernel: str, evidence: Evidence, stats: tuple[TensorStats, ...]) -> Cause:
@@ -83,6 +79,8 @@ def _forward(kernel: str, evidence: Evidence, stats: tuple[TensorStats, ...]) ->
         return _division(kernel, evidence, stats)
     if kernel == "aten.pow":
         return _power(evidence)
+    if kernel == "aten.addcdiv":
+        return "division_by_zero" if _any(guilty[2:3], lambda v: v == 0) else "overflow"
     if kernel in _DETERMINANTS:
         return "log_of_zero"
     if kernel in _NORMALISATIONS:

@@ -29,12 +29,18 @@ def meant_leaves(args: Sequence[Any]) -> frozenset[str]:
     )
 
 
-def leaf_path(tensor: Tensor, inputs: list[tuple[str, Tensor]], module: nn.Module) -> str | None:
-    """The name of a tensor (or of what it is a view of) among the inputs, parameters and buffers of a step."""
+def leaf_path(
+    tensors: Sequence[Tensor], inputs: list[tuple[str, Tensor]], module: nn.Module
+) -> tuple[str, Tensor] | None:
+    """The first parameter, buffer or input of a step that one of these tensors is (a view of), with its name."""
     weights = [*module.named_parameters(), *module.named_buffers()]
-    outside = [*inputs, *((clean_name(name), entry) for name, entry in weights)]
-    storage = storage_of(tensor)
-    found = [(name, entry) for name, entry in outside if entry is tensor or storage_of(entry) == storage]
+    outside = [*((clean_name(name), entry) for name, entry in weights), *inputs]
+    storages = {storage_of(tensor) for tensor in tensors}
+    found = [(name, entry) for name, entry in outside if storage_of(entry) in storages]
     # Several leaves may share memory, as columns of one table: the one at fault is the one that is not finite.
-    bad = [name for name, entry in found if plain(entry) and not is_finite(entry)]
-    return next(iter(bad or [name for name, _ in found]), None)
+    bad = [(name, entry) for name, entry in found if plain(entry) and not is_finite(entry)]
+    name, _ = next(iter(bad or found), ("", None))
+    if not name:
+        return None
+    storage = storage_of(dict(found)[name])
+    return name, next(tensor for tensor in tensors if storage_of(tensor) == storage)

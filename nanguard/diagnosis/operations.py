@@ -48,6 +48,7 @@ JUDGED = frozenset(
         *(
             "sqrt",
             "rsqrt",
+            "addcdiv",
             "acos",
             "asin",
             "acosh",

@@ -208,8 +208,8 @@ class Trace(TorchDispatchMode):
         new = evidence_of(record, bad[0], given, self._masked, self._dependent)
         if new is not None:
             record.evidence = new
-        else:
-            self._continued(record, bad[0], given)
+        elif record.backward:
+            self._continued(record, bad[0], kept=given)
 
     def _remember(self, tensor: Tensor, write: Write) -> None:
         storage = storage_of(tensor)
@@ -220,9 +220,15 @@ class Trace(TorchDispatchMode):
             self.bad[storage] = []
         self.bad[storage].append(write)
 
-    def _continued(self, record: Record, tensor: Tensor, given: list[Any]) -> None:
-        """The same derivative, continued: 0 * inf where `pow` and others multiply the gradient last."""
-        if not record.backward:
+    def _continued(self, record: Record, tensor: Tensor, kept: list[Any]) -> None:
+        """A derivative that goes on with something non-finite: 0 * inf where `pow` and others multiply the gradient last."""
+        more = evidence_of(record, tensor, kept, self._masked, self._dependent, continued=True)
+        if more is None:
+            return
+        sources = [source for source in record.sources if source.value.bad is not None]
+        if all(source.saved for source in sources):
+            record.met = more
+        if not more.zero:
             return
         queue: list[Record] = [record]
         seen: set[Record] = set()
@@ -233,12 +239,10 @@ class Trace(TorchDispatchMode):
                     if not first.backward or first.sequence != record.sequence:
                         continue
                     queue.append(first)
-                    if first.evidence is None:
-                        continue
-                    more = evidence_of(record, tensor, given, self._masked, self._dependent, continued=True)
-                    if more is not None and more.zero:
-                        first.evidence.zero = True
-                        first.evidence.masked |= more.masked
+                    for evidence in (first.evidence, first.met):
+                        if evidence is not None:
+                            evidence.zero = True
+                            evidence.masked |= more.masked
 
 
 def _argument(args: Any, kwargs: Any, position: int, name: str) -> Any:

@@ -105,6 +105,7 @@ class Record:
         sequence: number of the autograd node that it belongs to.
         function: class name of the custom `autograd.Function` whose backward pass it is part of.
         selector: for operations that choose elements (`where`, `masked_fill`), the condition.
+        met: of backward operations, what a gradient was that met a value which the forward pass had made non-finite.
         row_masked: whether a row that it reduced held nothing but infinities that were meant.
     """
 
@@ -121,5 +122,6 @@ class Record:
     writes: list[Write] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
     evidence: Evidence | None = None
+    met: Evidence | None = None
     mask_like: bool = False
     row_masked: bool = False

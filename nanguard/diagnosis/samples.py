@@ -14,8 +14,8 @@ Fails = Callable[[Sequence[int]], "bool | None"]
 
 
 def most_runs_for(size: int) -> int:
-    """How many sub-batches are tried at most: two for each halving, and one for each sample that does it by itself."""
-    return 2 * math.ceil(math.log2(max(size, 2))) + size + 8
+    """How many sub-batches are tried at most; a single culprit takes two for each halving."""
+    return 4 * math.ceil(math.log2(max(size, 2))) + 2 * size
 
 
 def failing_samples(size: int, fails: Fails, *, most_runs: int = 64) -> tuple[int, ...] | None:
@@ -91,11 +91,27 @@ class SampleSearch:
     def _search(self) -> None:
         rest = list(range(self._size))
         while rest and (self.found == [] or self.fails(rest)):
-            culprits = self._shrink(rest)
-            self.found += culprits
-            if len(culprits) > 1:
-                self.found += self._in_place_of(culprits, rest)
+            culprits = self._below(rest)
+            self.found += [culprit for culprit in culprits if culprit not in self.found]
             rest = [position for position in rest if position not in self.found]
+
+    def _below(self, failing: list[int]) -> list[int]:
+        """Samples at fault in a failing set: those of each half that fails, or else those that fail together only."""
+        if len(failing) == 1:
+            return failing
+        middle = len(failing) // 2
+        halves = [half for half in (failing[:middle], failing[middle:]) if self.fails(half)]
+        if len(halves) == 2:
+            # Where each quarter fails, too, most samples do, and asking each of them is the shortest way.
+            quarters = [part for half in halves for part in (half[: len(half) // 2], half[len(half) // 2 :]) if part]
+            if all(map(self.fails, quarters)):
+                alone = [position for position in failing if self.fails([position])]
+                if alone:
+                    return alone
+        if halves:
+            return [culprit for half in halves for culprit in self._below(half)]
+        together = self._shrink(failing)
+        return together + self._in_place_of(together, failing) if len(together) > 1 else together
 
     def _in_place_of(self, culprits: list[int], among: list[int]) -> list[int]:
         """Samples that could stand in for one of several that only fail together."""

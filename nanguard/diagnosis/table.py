@@ -113,8 +113,8 @@ ADVICE: tuple[Entry, ...] = (
     Entry(
         "invalid_domain",
         (*_LOGS, *_ROOTS, *_ops("pow")),
-        "The argument of {op} in `{line}` lies outside its domain. Clamp it to a small positive number, or compute the quantity "
-        "so that it cannot be negative.",
+        "The argument of {op} in `{line}` lies outside its domain. Clamp it to a small positive number, or compute it so "
+        "that it cannot be negative.",
     ),
     Entry(
         "invalid_domain",

@@ -38,7 +38,9 @@ class Finding:
         kernel: the dispatcher's name of what failed, in a backward pass that of a part of the derivative.
         evidence: what is known about it, `None` where a bad value came from outside.
         external: that value.
+        others: further ones that the same operation was given.
         reached: whether an infinity that was meant reached the loss, and nothing was bad.
+        row: whether the operation was given rows that are masked altogether.
         custom: whether it failed inside the backward pass of a custom `autograd.Function`.
         rows: which elements of its result were bad.
         caller: the frame that called the library which the origin lies in.
@@ -49,7 +51,9 @@ class Finding:
     kernel: str
     evidence: Evidence | None = None
     external: Tensor | None = None
+    others: tuple[Tensor, ...] = ()
     reached: bool = False
+    row: bool = False
     custom: bool = False
     rows: Tensor | None = None
     caller: Place | None = None
@@ -80,7 +84,9 @@ def blame(trace: Trace, bad: Sequence[Tensor]) -> Finding | None:
     if not ends:
         reached = walk.reached(bad)
         return None if reached is None else _finding(trace, reached, reached=True)
-    return _finding(trace, min(ends, key=lambda end: end.record.index))
+    first = min(ends, key=lambda end: end.record.index)
+    others = [end.external for end in ends if end.record is first.record and end.external is not None]
+    return replace(_finding(trace, first), others=tuple(others))
 
 
 class _Walk:
@@ -226,8 +232,8 @@ def _finding(trace: Trace, end: _End, *, reached: bool = False) -> Finding:
     record = end.record
     failed = end.behind or record
     evidence = record.evidence
-    if end.behind is not None and end.behind.evidence is not None and evidence is not None:
-        evidence = replace(evidence, zero=end.behind.evidence.zero, masked=end.behind.evidence.masked)
+    if end.behind is not None and end.behind.met is not None and evidence is not None:
+        evidence = replace(evidence, zero=end.behind.met.zero, masked=end.behind.met.masked)
     forward = trace.forward.get(record.sequence) if record.backward and record.sequence is not None else None
     home = forward or record
     place = home.place
@@ -242,7 +248,8 @@ def _finding(trace: Trace, end: _End, *, reached: bool = False) -> Finding:
     frame = with_source(frame)
     origin = Origin(
         op=record.function or place.function or home.kernel,
-        phase="backward" if failed.backward else "forward",
+        # A value from outside is at fault where it was used first, wherever it did its damage.
+        phase="backward" if failed.backward and end.external is None else "forward",
         module=home.module,
         file=frame.file if frame else None,
         line=frame.line if frame else None,
@@ -255,7 +262,8 @@ def _finding(trace: Trace, end: _End, *, reached: bool = False) -> Finding:
         record.kernel,
         evidence,
         end.external,
-        reached,
+        reached=reached,
+        row=record.row_masked and end.external is None,
         custom=record.backward and record.function is not None,
         rows=end.rows,
         caller=place,
