@@ -84,7 +84,7 @@ def _forward(kernel: str, evidence: Evidence, stats: tuple[TensorStats, ...]) ->
     if kernel in _DETERMINANTS:
         return "log_of_zero"
     if kernel in _NORMALISATIONS:
-        return "division_by_zero"
+        return "overflow" if stats and _large(stats[0]) else "division_by_zero"
     if kernel in _SOFTMAXES | {"aten.logsumexp"}:
         return "invalid_domain" if _infinite(stats) else "overflow"
     if kernel in _DOMAINS:

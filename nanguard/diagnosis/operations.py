@@ -14,6 +14,7 @@ __all__ = [
     "JUDGED",
     "MASKS",
     "ROWS",
+    "STATISTICS",
     "Operation",
     "arguments",
     "broadcast_to",
@@ -71,6 +72,11 @@ ROWS = frozenset(
         *("amax", "amin", "max", "min", "aminmax", "topk", "sort"),
     )
 )
+# Operations that write running statistics, which they do not read while training.
+STATISTICS = frozenset(
+    f"aten.{name}"
+    for name in ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
+)
 # Nodes of the backward pass that give a gradient of 0 to what the program has masked out.
 MASKS = ("WhereBackward", "MaskedFillBackward", "MaskedSelectBackward", "MaskedScatterBackward", "IndexBackward")
 _SAME_SHAPE = frozenset(f"aten.{name}" for name in ("_to_copy", "copy", "clone", "native_dropout", "cumsum_none"))
@@ -108,6 +114,8 @@ def operation(func: Any) -> Operation:
             for position, argument in enumerate(func._schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         )
+        if name in STATISTICS:  # the schema of some of them does not say so
+            written = ((3, "running_mean"), (4, "running_var"))
         pointwise = torch.Tag.pointwise in func.tags or name in _SAME_SHAPE
         found = _KNOWN[func] = Operation(name, pointwise, bool(func.is_view) and not written, written, name in EMPTY)
     return found

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanguard.diagnosis.evidence import evidence_of, judged
 from nanguard.diagnosis.naming import function_of, module_names, place_here, recomputing
-from nanguard.diagnosis.operations import JUDGED, MASKS, ROWS, Operation, arguments, operation, row_masked
+from nanguard.diagnosis.operations import JUDGED, MASKS, ROWS, STATISTICS, Operation, arguments, operation, row_masked
 from nanguard.diagnosis.records import Place, Record, Source, Value, Write, storage_of
 from nanguard.diagnosis.statistics import is_finite, nonfinite, plain
 
@@ -85,7 +85,10 @@ class Trace(TorchDispatchMode):
         given = arguments((*args, *kwargs.values())) if kwargs else arguments(args)
         tensors = [value for value in given if isinstance(value, Tensor)]
         # Before the call: an in-place operation overwrites what it was given.
-        sources = [source for source in map(self._source, tensors) if source is not None]
+        read = tensors
+        if known.name in STATISTICS and len(args) > 5 and args[5] is True:
+            read = [tensor for tensor in tensors if tensor is not args[3] and tensor is not args[4]]
+        sources = [source for source in map(self._source, read) if source is not None]
         overwrites = bool(known.written) and known.name in JUDGED
         kept = [value.clone() if overwrites and isinstance(value, Tensor) else value for value in given]
         result = func(*args, **kwargs)
