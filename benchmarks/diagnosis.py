@@ -2,8 +2,8 @@
 
     python benchmarks/diagnosis.py --threads 1
 
-A step is forward, backward and AdamW update of the same batch, without a guard. The failing batch holds one sample whose loss is
-NaN in the forward pass, or whose loss is finite with a NaN gradient.
+A step is forward, backward and AdamW update of the same batch, without a guard. The failing batch holds one sample whose
+loss is infinite, or whose loss is finite with a NaN gradient.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def healthy_steps(case: Case, repeats: int) -> tuple[float, float]:
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
         policy = Policy(stabilize={"enabled": False}, capture={"enabled": False}, diagnosis={"enabled": enabled})
         transaction = Transaction(module)
-        guard = Guard(
-            policy, module, transaction=transaction, rerun=Rerun(module, transaction, module.training_step)
-        )
+        guard = Guard(policy, module, transaction=transaction, rerun=Rerun(module, transaction, module.training_step))
         steps.append(guarded(guard, module, optimizer, batch))
     times: list[list[float]] = [[], []]
     for turn in range(2 * repeats + 2):  # in turns, so that what else happens on the machine strikes both
@@ -143,13 +141,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {options.threads} thread(s), batch of {options.samples}")
-    print("| model | fails in | step, ms | origin, steps | samples, steps | bars |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| model | fails in | step, ms | origin, steps | samples, steps | bars |\n| --- | --- | --- | --- | --- | --- |"
+    )
     for name in options.models:
         for kind in ("forward", "backward"):
             found = measure(CASES[name], kind, options.samples, options.repeats)
             cost = {part: found[part] / found["step"] for part in BARS}
             met = "met" if all(cost[part] <= BARS[part] for part in BARS) else "missed"
-            print(f"| {name} | {kind} | {found['step'] * 1e3:.0f} | {cost['origin']:.1f} | {cost['samples']:.1f} | {met} |")
+            print(
+                f"| {name} | {kind} | {found['step'] * 1e3:.0f} | {cost['origin']:.1f} | {cost['samples']:.1f} | {met} |"
+            )
     print("\n| model | healthy step with diagnosis, ms | without, ms |\n| --- | --- | --- |")
     for name in options.models:
         on, off = healthy_steps(copy.copy(CASES[name]), 5 * options.repeats)

@@ -9,22 +9,23 @@ from torch import Tensor
 
 from nanguard.diagnosis.operations import JUDGED, broadcast_to
 from nanguard.diagnosis.records import Evidence, Record, Source, Value, storage_of
-from nanguard.diagnosis.statistics import describe_tensor, nonfinite, plain
+from nanguard.diagnosis.statistics import describe_tensor, plain
 
 __all__ = ["evidence_of", "judged", "reaches"]
 
+Spots = tuple[Tensor, ...]
 _FEW = 256
 
 
-def judged(record: Record, tensor: Tensor, wanted: bool) -> Value:
+def judged(record: Record, tensor: Tensor, mask: Tensor, wanted: bool) -> Value:
     """A non-finite result, told apart into what is bad and what is meant.
 
     Args:
         record: the operation with its sources.
         tensor: its result.
+        mask: where that is not finite.
         wanted: whether the operation was given an infinite number, as `masked_fill` is.
     """
-    mask = nonfinite(tensor)
     value = Value(tensor.detach(), bad=mask)
     if record.backward:  # nobody means an infinite gradient
         return value
@@ -119,28 +120,29 @@ def evidence_of(
     carriers = [source for source in record.sources if source.value.bad is not None]
     new = bad
     if not continued and carriers:
+        if not record.pointwise:
+            return None
         known = _union(record, carriers, "bad", bad)
         new = bad if known is None else bad & ~known
         if not bool(new.any()):
             return None
     tensors = [value for value in given if isinstance(value, Tensor)]
-    guilty = _guilty(record, given, new)
-    spots = [(value, _at(value, new)) for value in tensors if plain(value)]
-    zeros = [value for value, at in spots if at is not None and at.numel() and bool((at == 0).all())]
-    nan = _at(tensor, new)
-    nan_there = nan is not None and bool(torch.isnan(nan).any())
-    meant = any(source.value.meant is not None for source in record.sources)
+    spots = torch.unravel_index(new.flatten().nonzero().flatten()[:_FEW], new.shape)
+    nan = torch.isnan(tensor[spots])
+    zeros: list[Tensor] = []
+    if record.backward and bool(nan.all()):  # only a NaN can be 0 * inf or 0 / 0
+        found = [(value, _at(value, new.shape, spots)) for value in tensors if plain(value)]
+        zeros = [value for value, at in found if at is not None and bool((at == 0).all())]
+    zero, nan_there = bool(zeros), bool(nan.any())
     if continued:
-        zero = bool(zeros) and nan is not None and bool(torch.isnan(nan).all())
         return Evidence(new, nan=nan_there, zero=zero, masked=any(storage_of(value) in masked for value in zeros))
-    # Only a NaN can be 0 * inf or 0 / 0, and only where all the spots are such.
-    zero = record.backward and nan is not None and bool(torch.isnan(nan).all()) and bool(zeros)
+    meant = any(source.value.meant is not None for source in record.sources)
     numbers = [torch.tensor(float(v), dtype=torch.float64) for v in given if not isinstance(v, Tensor)]
     shown = tensors + (numbers if record.kernel in JUDGED or record.kernel in ("aten.add", "aten.sub") else [])
     return Evidence(
         new,
         stats=tuple(describe_tensor(f"input {i}", value) for i, value in enumerate(shown)),
-        guilty=guilty,
+        guilty=tuple(_values(value, new.shape, spots) for value in given),
         nan=nan_there,
         zero=zero,
         masked=any(storage_of(value) in masked for value in zeros),
@@ -154,20 +156,19 @@ def _depends(value: Any, dependent: set[int]) -> bool:
     return isinstance(value, Tensor) and storage_of(value) in dependent
 
 
-def _guilty(record: Record, given: list[Any], new: Tensor) -> tuple[Tensor, ...]:
-    """The inputs' values where the result is bad."""
-    found = []
-    for value in given:
-        at = _at(value, new) if isinstance(value, Tensor) else torch.tensor([float(value)], dtype=torch.float64)
-        found.append(torch.empty(0) if at is None else at.double())
-    return tuple(found)
+def _values(value: Any, shape: torch.Size, spots: Spots) -> Tensor:
+    """An input's values at some elements of the result; none where the two have nothing to do with each other."""
+    if not isinstance(value, Tensor):
+        return torch.tensor([float(value)], dtype=torch.float64)
+    at = _at(value, shape, spots)
+    return torch.empty(0) if at is None else at.double()
 
 
-def _at(value: Tensor, where: Tensor) -> Tensor | None:
+def _at(value: Tensor, shape: torch.Size, spots: Spots) -> Tensor | None:
     if value.is_complex() or value.layout is not torch.strided or value.is_nested:
         return None
-    spread = broadcast_to(value.detach(), where.shape)
-    return None if spread is None else spread[where][:_FEW]
+    spread = broadcast_to(value.detach(), shape)
+    return None if spread is None else spread[spots]
 
 
 def _logarithm_of_a_mask(record: Record) -> bool:

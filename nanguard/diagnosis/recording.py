@@ -15,14 +15,16 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanguard.diagnosis.evidence import evidence_of, judged
+from nanguard.diagnosis.evidence import evidence_of, judged, same_place
 from nanguard.diagnosis.naming import function_of, module_names, place_here, recomputing
 from nanguard.diagnosis.operations import JUDGED, MASKS, ROWS, STATISTICS, Operation, arguments, operation, row_masked
 from nanguard.diagnosis.records import Place, Record, Source, Value, Write, storage_of
-from nanguard.diagnosis.statistics import is_finite, nonfinite, plain
+from nanguard.diagnosis.regions import carried_over
+from nanguard.diagnosis.statistics import nonfinite, plain
 
 __all__ = ["Trace"]
 
@@ -50,6 +52,7 @@ class Trace(TorchDispatchMode):
         self._dependent = set(self._batch)
         self._masked: set[int] = set()
         self._made: set[int] = set()
+        self._storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
         self._seen: set[tuple[Any, ...]] = set()
         self._kept: list[Tensor] = []
         self.bad: dict[int, list[Write]] = {}
@@ -107,7 +110,7 @@ class Trace(TorchDispatchMode):
         outputs = results + [
             value for value in arguments(written) if isinstance(value, Tensor) and id(value) not in returned
         ]
-        bad = [tensor for tensor in outputs if not self._finite(tensor)]
+        bad = [(tensor, mask) for tensor in outputs if (mask := self._judged(tensor)) is not None]
         if bad:
             self._note(known, record, (args, kwargs), kept, sources, bad)
         return result
@@ -132,8 +135,8 @@ class Trace(TorchDispatchMode):
 
     def _taint(self, known: Operation, record: Record, tensors: list[Tensor], results: list[Tensor]) -> None:
         """Carries on what depends on the batch and, in a backward pass, what gradients a mask of the program made 0."""
-        given = [storage_of(tensor) for tensor in tensors]
-        made = [storage_of(tensor) for tensor in results]
+        given = [self._known(tensor) for tensor in tensors]
+        made = [self._known(tensor) for tensor in results]
         if any(storage in self._dependent for storage in given):
             self._dependent.update(made)
         else:
@@ -145,16 +148,24 @@ class Trace(TorchDispatchMode):
         else:
             self._masked.difference_update([storage for storage in made if storage not in given])
 
-    def _finite(self, tensor: Tensor) -> bool:
-        """Judges a result, and takes note of it where it is finite."""
+    def _known(self, tensor: Tensor) -> int:
+        """The identity of a tensor's memory, which from now on is nobody else's."""
         storage = storage_of(tensor)
-        if not is_finite(tensor):
-            return False
+        if storage not in self._storages and tensor.layout is torch.strided and not tensor.is_nested:
+            self._storages[storage] = StorageWeakRef(tensor.untyped_storage())
+        return storage
+
+    def _judged(self, tensor: Tensor) -> Tensor | None:
+        """Where a result is not finite. Takes note of it where it is finite everywhere."""
+        storage = storage_of(tensor)
+        mask = nonfinite(tensor) if plain(tensor) and not tensor.is_nested else None
+        if mask is not None:
+            return mask
         self._made.add(storage)
         if storage in self.bad and _covers(tensor):
             del self.bad[storage]
             self.outside.pop(storage, None)
-        return True
+        return None
 
     def _source(self, tensor: Tensor) -> Source | None:
         if not plain(tensor) or tensor.is_nested:
@@ -166,23 +177,25 @@ class Trace(TorchDispatchMode):
             key = _key(tensor)
             if key in self._seen:
                 return None
-            if is_finite(tensor):
+            mask = nonfinite(tensor)
+            if mask is None:
                 self._seen.add(key)
                 return None
-            self._admit(tensor, storage)
-        mask = nonfinite(tensor)
-        if not bool(mask.any()):
-            return None
+            self._admit(tensor, storage, mask)
         writes = list(self.bad[storage])
-        value = _shares(tensor, mask, writes, self.outside.get(storage, []))
         external = storage in self.outside
+        if len(writes) == 1 and not external and same_place(writes[0].value.tensor, tensor):
+            return Source(writes[0].value, writes, False, saved=not writes[0].record.backward)
+        mask = nonfinite(tensor)
+        if mask is None:
+            return None
+        value = _shares(tensor, mask, writes, self.outside.get(storage, []))
         return Source(value, writes, external, saved=not any(write.record.backward for write in writes))
 
-    def _admit(self, tensor: Tensor, storage: int) -> None:
+    def _admit(self, tensor: Tensor, storage: int, mask: Tensor) -> None:
         """Takes note of a non-finite tensor that the step did not make."""
         self._kept.append(tensor)
         self.bad.setdefault(storage, [])
-        mask = nonfinite(tensor)
         # An infinity in a constant is meant, and so is a mask of 0 and -inf wherever it stands. A NaN never is.
         doubtful = storage in self._suspects or tensor.requires_grad
         if bool(torch.isnan(tensor).any()) or (doubtful and not bool(((tensor == 0) | (tensor == -math.inf)).all())):
@@ -203,20 +216,20 @@ class Trace(TorchDispatchMode):
         if known.name in ROWS and not record.backward:
             record.row_masked = row_masked(known.name, args, kwargs) is not None
         wanted = any(isinstance(value, float) and math.isinf(value) for value in given)
-        for tensor in bad:
-            value = judged(record, tensor, wanted)
+        for tensor, mask in bad:
+            value = judged(record, tensor, mask, wanted)
             write = Write(record, value)
             record.writes.append(write)
             self._remember(tensor, write)
-        new = evidence_of(record, bad[0], given, self._masked, self._dependent)
+        new = evidence_of(record, bad[0][0], given, self._masked, self._dependent)
         if new is not None:
             record.evidence = new
         elif record.backward:
-            self._continued(record, bad[0], kept=given)
+            self._continued(record, bad[0][0], kept=given)
 
     def _remember(self, tensor: Tensor, write: Write) -> None:
         storage = storage_of(tensor)
-        self._kept.append(tensor)  # keeps the storage's address from being used again
+        self._kept.append(tensor)
         self._made.discard(storage)
         if _covers(tensor) or storage not in self.bad:
             self.outside.pop(storage, None)
@@ -225,10 +238,13 @@ class Trace(TorchDispatchMode):
 
     def _continued(self, record: Record, tensor: Tensor, kept: list[Any]) -> None:
         """A derivative that goes on with something non-finite: 0 * inf where `pow` and others multiply the gradient last."""
+        sources = [source for source in record.sources if source.value.bad is not None]
+        makers = [write.record for source in sources for write in source.writes]
+        if not any(source.saved for source in sources) and all(m.sequence != record.sequence for m in makers):
+            return
         more = evidence_of(record, tensor, kept, self._masked, self._dependent, continued=True)
         if more is None:
             return
-        sources = [source for source in record.sources if source.value.bad is not None]
         if all(source.saved for source in sources):
             record.met = more
         if not more.zero:
@@ -297,8 +313,6 @@ def _shares(tensor: Tensor, mask: Tensor, writes: list[Write], outside: list[Val
     if all(value.bad is None for value in values):
         nan = torch.isnan(tensor)
         return Value(tensor.detach(), meant=mask) if not bool(nan.any()) else Value(tensor.detach(), bad=mask)
-    from nanguard.diagnosis.regions import carried_over
-
     meant = torch.zeros_like(mask)
     for value in values:
         if value.meant is not None:

@@ -21,26 +21,22 @@ def carried_over(tensor: Tensor, mask: Tensor, other: Tensor) -> Tensor | None:
     """
     if tensor.layout is not torch.strided or other.layout is not torch.strided:
         return None
-    if (tensor.shape, tensor.stride(), tensor.storage_offset()) == (
-        other.shape,
-        other.stride(),
-        other.storage_offset(),
-    ):
-        return mask.clone()
+    if _layout(tensor) == _layout(other):
+        return mask
     if tensor.element_size() != other.element_size():
         return None
+    places = _layout(tensor)
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:  # expanded: many elements in one place
+            mask = mask.any(dim, keepdim=True)
     length = tensor.untyped_storage().nbytes() // tensor.element_size()
     flat = torch.zeros(length, dtype=torch.bool, device=mask.device)
-    marked = _offsets(tensor)[mask.to(tensor.device)]
-    flat[marked] = True
-    return flat[_offsets(other)]
+    try:
+        flat.as_strided(mask.shape, *places[1:]).copy_(mask)
+    except RuntimeError:  # elements that overlap in other ways, as those of `unfold`
+        return None
+    return flat.as_strided(*_layout(other))
 
 
-def _offsets(tensor: Tensor) -> Tensor:
-    """For each element its place in the memory, counted in elements."""
-    places = torch.full((), int(tensor.storage_offset()), dtype=torch.long, device=tensor.device)
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        shape = [1] * tensor.ndim
-        shape[dim] = size
-        places = places + (torch.arange(size, device=tensor.device) * stride).reshape(shape)
-    return places.expand(tensor.shape)
+def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())

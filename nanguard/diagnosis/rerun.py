@@ -131,7 +131,8 @@ class Rerun:
             if not isinstance(loss, Tensor):
                 return Outcome(bad=tuple(micro.before.spoiled_statistics()))
             gradients: list[Tensor] = []
-            if backward and loss.requires_grad:
+            # Where the loss is not finite it says all there is to say, and costs a third of the whole.
+            if backward and loss.requires_grad and all_finite([loss.detach()]):
                 gradients = self._gradients(loss, parameters)
         loss = loss.detach()
         spoiled = micro.before.spoiled_statistics()

@@ -23,18 +23,22 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether all elements are finite; tensors that are not `plain` count as finite, sparse ones are judged by their values."""
     if tensor.layout is torch.sparse_coo:
         tensor = tensor._values()
-    if not plain(tensor) or tensor.is_nested or tensor.numel() == 0:
+    if not plain(tensor) or tensor.is_nested:
         return True
-    if tensor.is_complex():
-        return bool(torch.isfinite(tensor).all())
-    # A sum is several times cheaper than `isfinite`, and finite only if all elements are. It may overflow: then look again.
-    total = tensor.sum(dtype=torch.float32) if tensor.dtype in _HALF else tensor.sum()
-    return math.isfinite(total.item()) or bool(torch.isfinite(tensor).all())
+    return nonfinite(tensor) is None
 
 
-def nonfinite(tensor: Tensor) -> Tensor:
-    """Where a tensor is NaN or infinite, a boolean tensor of its shape."""
-    return ~torch.isfinite(tensor)
+def nonfinite(tensor: Tensor) -> Tensor | None:
+    """Where a `plain` tensor is NaN or infinite, a boolean tensor of its shape; `None` for nowhere."""
+    if tensor.numel() == 0:
+        return None
+    if not tensor.is_complex():
+        # A sum is several times cheaper than `isfinite`, and finite only if all elements are. It may overflow: then look again.
+        total = tensor.sum(dtype=torch.float32) if tensor.dtype in _HALF else tensor.sum()
+        if math.isfinite(total.item()):
+            return None
+    mask = torch.isfinite(tensor).logical_not_()
+    return mask if bool(mask.any()) else None
 
 
 def describe_tensor(name: str, tensor: Tensor) -> TensorStats:

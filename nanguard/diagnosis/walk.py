@@ -14,7 +14,6 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from nanguard.diagnosis.evidence import chosen_where
@@ -23,7 +22,7 @@ from nanguard.diagnosis.operations import broadcast_to, reduced_to
 from nanguard.diagnosis.recording import Trace
 from nanguard.diagnosis.records import Evidence, Place, Record, Source, Write, storage_of
 from nanguard.diagnosis.regions import carried_over
-from nanguard.diagnosis.statistics import describe_tensor, nonfinite
+from nanguard.diagnosis.statistics import describe_tensor, nonfinite, plain
 from nanguard.incident import Origin
 
 __all__ = ["Finding", "blame"]
@@ -97,8 +96,8 @@ class _Walk:
 
     def begin(self, tensor: Tensor) -> None:
         writes = self._trace.bad.get(storage_of(tensor), [])
-        mask = nonfinite(tensor) if tensor.layout is torch.strided else None
-        if mask is None or not bool(mask.any()):
+        mask = nonfinite(tensor) if plain(tensor) and not tensor.is_nested else None
+        if mask is None:
             for write in writes:
                 self._push(write.record, write.value.bad)
         else:
