@@ -32,7 +32,7 @@ def _fields(origin: Origin | None) -> dict[str, str]:
         nan, infinite = sum(s.nan for s in stats), sum(s.posinf + s.neginf for s in stats)
         kinds = ((nan, "NaN"), (infinite, "infinite value" if infinite == 1 else "infinite values"))
         counts = " and ".join(f"{number} {kind}" for number, kind in kinds if number) or counts
-    code = (origin.code if origin else None) or (origin.op if origin else None) or ""
+    code = (origin.code if origin else None) or (origin.op if origin else None) or "the step"
     extremes = [max(abs(s.min), abs(s.max)) for s in stats if s.min is not None and s.max is not None]
     op = ((origin.op if origin else None) or "the operation").removeprefix("aten.").lstrip("_")
     return {

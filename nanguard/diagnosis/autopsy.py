@@ -99,7 +99,7 @@ def suspects(module: nn.Module, args: Sequence[Any], buffers: Mapping[str, Tenso
     leaves = dict(named_leaves(args))
     if inputs := nonfinite_names(leaves.items()):
         return _outside(Origin(), "bad_input", inputs[0], leaves[inputs[0]], notes)
-    return Diagnosis(advice=" ".join(notes))
+    return Diagnosis(advice=advice("unknown", None) if run else " ".join(notes))
 
 
 def _outside(origin: Origin, cause: Cause, name: str, tensor: Tensor, notes: tuple[str, ...] = ()) -> Diagnosis:

@@ -24,12 +24,13 @@ _AVERAGES = _names("mean nanmean median nanmedian var std var_mean std_mean logs
 _SPREADS = _names("var std var_mean std_mean")
 _WEIGHTED = _names("nll_loss_forward nll_loss2d_forward")
 _NORMALISATIONS = _names(
-    "native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit _fused_rms_norm"
+    "native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit _fused_rms_norm "
+    "_weight_norm_interface _weight_norm"
 )
 # Functions that are defined on a part of the line only, or have poles.
 _DOMAINS = _names(
     "sqrt rsqrt acos asin acosh atanh erfinv logit log1p lgamma digamma polygamma special_zeta tan _ctc_loss igamma igammac "
-    "mvlgamma special_erfcx special_log_ndtr linalg_cholesky_ex"
+    "mvlgamma special_erfcx special_log_ndtr linalg_cholesky_ex linalg_inv_ex _linalg_solve_ex linalg_lu_solve"
 )
 _DETERMINANTS = _names("_linalg_slogdet linalg_slogdet logdet slogdet")
 _GROWING = _names("lgamma tan")  # also overflow, where their argument is no pole

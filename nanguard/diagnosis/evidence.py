@@ -147,7 +147,7 @@ def evidence_of(
         zero=zero,
         masked=any(storage_of(value) in masked for value in zeros),
         meant=meant,
-        row=record.row_masked,
+        row=record.row_masked or _normalised(record),
         independent=tuple(i for i, value in enumerate(given) if not _depends(value, dependent)),
     )
 
@@ -169,6 +169,12 @@ def _at(value: Tensor, shape: torch.Size, spots: Spots) -> Tensor | None:
         return None
     spread = broadcast_to(value.detach(), shape)
     return None if spread is None else spread[spots]
+
+
+def _normalised(record: Record) -> bool:
+    """Whether a row is subtracted whose logsumexp was that of nothing: a log-softmax, written out."""
+    makers = [write.record for source in record.sources for write in source.writes]
+    return record.kernel == "aten.sub" and any(m.kernel == "aten.logsumexp" and m.row_masked for m in makers)
 
 
 def _logarithm_of_a_mask(record: Record) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ def meant_leaves(args: Sequence[Any]) -> frozenset[str]:
 def leaf_path(
     tensors: Sequence[Tensor], inputs: list[tuple[str, Tensor]], module: nn.Module
 ) -> tuple[str, Tensor] | None:
-    """The first parameter, buffer or input of a step that one of these tensors is (a view of), with its name."""
-    weights = [*module.named_parameters(), *module.named_buffers()]
+    """The first parameter, buffer, attribute or input of a step that one of these tensors is (a view of), with its name."""
+    weights = [*module.named_parameters(), *module.named_buffers(), *_attributes(module)]
     outside = [*((clean_name(name), entry) for name, entry in weights), *inputs]
     storages = {storage_of(tensor) for tensor in tensors}
     found = [(name, entry) for name, entry in outside if storage_of(entry) in storages]
@@ -44,3 +44,11 @@ def leaf_path(
         return None
     storage = storage_of(dict(found)[name])
     return name, next(tensor for tensor in tensors if storage_of(tensor) == storage)
+
+
+def _attributes(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that modules hold as plain attributes."""
+    for prefix, module in root.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield f"{prefix}.{name}" if prefix else name, value

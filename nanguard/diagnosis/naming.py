@@ -12,8 +12,10 @@ from torch import nn
 from nanguard.diagnosis.records import Place
 from nanguard.source import Frame, is_blamed_file, source_line
 
-__all__ = ["clean_name", "function_of", "module_names", "place_here", "recomputing", "with_source"]
+__all__ = ["SUMMED", "clean_name", "function_of", "module_names", "place_here", "recomputing", "with_source"]
 
+# Where the autograd engine adds up the gradients of a tensor that was used several times: in no node.
+SUMMED = Place()
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 _USER, _LIBRARY, _OTHER, _APPLY, _CHECKPOINT, _ENGINE, _START = range(7)
 _KINDS: dict[CodeType, int] = {}
@@ -41,11 +43,14 @@ def function_of(node: Any) -> str | None:
 def place_here() -> Place:
     """Who has called the operation that is being dispatched."""
     frame: FrameType | None = sys._getframe(2)
+    engine = False
     user = caller = call = function = None
     while frame is not None:
         kind = _kind(frame.f_code)
         if kind == _START:
             break
+        if kind == _ENGINE and user is None:
+            engine = True
         if kind in (_USER, _LIBRARY):
             if user is None or (kind == _USER and caller is None) or (function is not None and call is None):
                 here = Frame(frame.f_code.co_filename, frame.f_lineno, "")
@@ -56,6 +61,8 @@ def place_here() -> Place:
             cls = frame.f_locals.get("cls")
             function = None if cls is None or _is_torchs(cls) else str(cls.__name__)
         frame = frame.f_back
+    if engine:
+        return SUMMED
     return Place(user, caller if caller is not user else None, function, call)
 
 

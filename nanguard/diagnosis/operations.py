@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "COPIES",
     "EMPTY",
     "JUDGED",
     "MASKS",
@@ -76,6 +77,10 @@ ROWS = frozenset(
 STATISTICS = frozenset(
     f"aten.{name}"
     for name in ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
+)
+# Operations that hand on what they are given.
+COPIES = frozenset(
+    f"aten.{name}" for name in ("clone", "_to_copy", "copy", "contiguous", "_unsafe_view", "_reshape_copy")
 )
 # Nodes of the backward pass that give a gradient of 0 to what the program has masked out.
 MASKS = ("WhereBackward", "MaskedFillBackward", "MaskedSelectBackward", "MaskedScatterBackward", "IndexBackward")

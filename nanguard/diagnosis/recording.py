@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanguard.diagnosis.evidence import evidence_of, judged, same_place
-from nanguard.diagnosis.naming import function_of, module_names, place_here, recomputing
+from nanguard.diagnosis.naming import SUMMED, function_of, module_names, place_here, recomputing
 from nanguard.diagnosis.operations import JUDGED, MASKS, ROWS, STATISTICS, Operation, arguments, operation, row_masked
 from nanguard.diagnosis.records import Place, Record, Source, Value, Write, storage_of
 from nanguard.diagnosis.regions import carried_over
@@ -112,7 +112,7 @@ class Trace(TorchDispatchMode):
         ]
         bad = [(tensor, mask) for tensor in outputs if (mask := self._judged(tensor)) is not None]
         if bad:
-            self._note(known, record, (args, kwargs), kept, sources, bad)
+            self._note(known, record, (func, args, kwargs), kept, sources, bad)
         return result
 
     def _record(self, known: Operation) -> Record:
@@ -123,6 +123,8 @@ class Trace(TorchDispatchMode):
             sequence, place, module = node._sequence_nr(), _NOWHERE, ""
             return Record(self._count, known.name, module, place, True, sequence, function_of(node))
         place = place_here()
+        if place is SUMMED and node is None:
+            return Record(self._count, known.name, "", place, True, None)
         sequence = _sequence_number() - 1
         module = self._stack[-1]
         if node is not None:  # computed again: outside the modules that it was called from at first
@@ -209,7 +211,8 @@ class Trace(TorchDispatchMode):
     def _note(
         self, known: Operation, record: Record, call: Any, given: list[Any], sources: list[Source], bad: Any
     ) -> None:
-        args, kwargs = call
+        _, args, kwargs = call
+        record.call = call if sources else None
         record.sources = sources
         record.inputs = given
         record.selector = _selector(known.name, args)

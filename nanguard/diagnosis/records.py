@@ -104,6 +104,7 @@ class Record:
         kernel: the dispatcher's name.
         sequence: number of the autograd node that it belongs to.
         function: class name of the custom `autograd.Function` whose backward pass it is part of.
+        call: the overload with its arguments, where what it was given is not finite.
         selector: for operations that choose elements (`where`, `masked_fill`), the condition.
         met: of backward operations, what a gradient was that met a value which the forward pass had made non-finite.
         row_masked: whether a row that it reduced held nothing but infinities that were meant.
@@ -121,6 +122,7 @@ class Record:
     sources: list[Source] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
+    call: tuple[Any, Any, Any] | None = None
     evidence: Evidence | None = None
     met: Evidence | None = None
     mask_like: bool = False

@@ -106,6 +106,11 @@ ADVICE: tuple[Entry, ...] = (
     ),
     Entry(
         "invalid_domain",
+        _ops("linalg_inv_ex _linalg_solve_ex linalg_lu_solve"),
+        "The matrix is singular. Add a small multiple of the identity to it, or use torch.linalg.pinv.",
+    ),
+    Entry(
+        "invalid_domain",
         _ops("mul add sub"),
         "An infinity that was put there on purpose met 0 or another infinity in `{line}`. Use torch.where or masked_fill "
         "instead of arithmetic with infinite masks.",
@@ -173,6 +178,11 @@ ADVICE: tuple[Entry, ...] = (
         "empty_reduction",
         (),
         "The mean of nothing is NaN. Check `{line}` for an empty selection first (no positives, no targets).",
+    ),
+    Entry(
+        "unknown",
+        (),
+        "`{line}` gave something non-finite that its inputs do not explain. Look for a NaN or an infinity in the source.",
     ),
     Entry(
         "transient",

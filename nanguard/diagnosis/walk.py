@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from nanguard.diagnosis.evidence import chosen_where
 from nanguard.diagnosis.naming import with_source
-from nanguard.diagnosis.operations import broadcast_to, reduced_to
+from nanguard.diagnosis.operations import COPIES
+from nanguard.diagnosis.reach import needed
 from nanguard.diagnosis.recording import Trace
 from nanguard.diagnosis.records import Evidence, Place, Record, Source, Write, storage_of
 from nanguard.diagnosis.regions import carried_over
@@ -26,6 +26,8 @@ from nanguard.diagnosis.statistics import describe_tensor, nonfinite, plain
 from nanguard.incident import Origin
 
 __all__ = ["Finding", "blame"]
+
+_ALL = ("op", "phase", "module", "file", "line")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +61,13 @@ class Finding:
     forward: Evidence | None = None
 
     def same_as(self, other: Finding | None) -> bool:
-        """Whether two findings have the same origin: operation, phase, module and line."""
+        """Whether two findings have the same origin: operation, phase, module and line.
+
+        What uses a bad input may be called otherwise where there are fewer samples; then the line says it.
+        """
         if other is None or (self.external is None) != (other.external is None):
             return False
-        names = ("op", "phase", "module", "file", "line")
+        names = ("phase", "module", "file", "line") if self.external is not None else _ALL
         return all(getattr(self.origin, name) == getattr(other.origin, name) for name in names)
 
 
@@ -93,15 +98,16 @@ class _Walk:
         self._trace = trace
         self._queue: list[tuple[int, Record]] = []
         self._wanted: dict[Record, Tensor | None] = {}
+        self._users: dict[Record, Record] = {}
 
     def begin(self, tensor: Tensor) -> None:
         writes = self._trace.bad.get(storage_of(tensor), [])
         mask = nonfinite(tensor) if plain(tensor) and not tensor.is_nested else None
         if mask is None:
             for write in writes:
-                self._push(write.record, write.value.bad)
+                self._push(write.record, write.value.bad, None)
         else:
-            self._follow(tensor, mask, writes)
+            self._follow(tensor, mask, writes, None)
 
     def ends(self) -> list[_End]:
         found: list[_End] = []
@@ -110,7 +116,9 @@ class _Walk:
             found += self._visit(record, self._wanted[record])
         return found
 
-    def _push(self, record: Record, mask: Tensor | None) -> None:
+    def _push(self, record: Record, mask: Tensor | None, user: Record | None) -> None:
+        if user is not None:
+            self._users[record] = user  # in the end the earliest one
         if record in self._wanted:
             known = self._wanted[record]
             both = known is not None and mask is not None and known.shape == mask.shape
@@ -136,16 +144,27 @@ class _Walk:
         if record.row_masked and sources and all(_only_masks(source) for source in sources):
             return [_End(record, rows=record.writes[0].value.bad)]
         for source in sources:
-            part = _needed(record, source, wanted)
+            part = needed(record, source, wanted)
             if part is not None and bool(part.any()):
                 found += self._enter(record, source, part)
         return found
 
     def _enter(self, record: Record, source: Source, part: Tensor) -> list[_End]:
-        left = self._follow(source.value.tensor, part, source.writes)
+        left = self._follow(source.value.tensor, part, source.writes, record)
         if source.external and (not source.writes or left):
-            return [_End(record, external=source.value.tensor, rows=None)]
+            return [_End(self._beyond_copies(record), external=source.value.tensor, rows=None)]
         return []
+
+    def _beyond_copies(self, record: Record) -> Record:
+        """Who uses a value, where an operation only copies or casts it for another one on the same line."""
+        while record.kernel in COPIES:
+            user = self._users.get(record)
+            if user is not None and user.backward and user.sequence is not None:
+                user = self._trace.forward.get(user.sequence)
+            if user is None or user.index <= record.index or user.place.frame != record.place.frame:
+                break
+            record = user
+        return record
 
     def _met(self, record: Record, source: Source) -> list[_End]:
         """The ends in the forward pass for a value that a backward operation was given."""
@@ -154,7 +173,7 @@ class _Walk:
         ends = inner._enter(record, source, source.value.bad) + inner.ends()
         return [_behind(end, record) for end in ends]
 
-    def _follow(self, tensor: Tensor, part: Tensor, writes: Sequence[Write]) -> bool:
+    def _follow(self, tensor: Tensor, part: Tensor, writes: Sequence[Write], user: Record | None) -> bool:
         """Queues who wrote these elements, the last one for each; whether any are left over."""
         left = part
         for write in reversed(writes):
@@ -162,12 +181,12 @@ class _Walk:
                 continue
             written = carried_over(write.value.tensor, write.value.bad, tensor)
             if written is None or written.shape != left.shape:
-                self._push(write.record, None)
+                self._push(write.record, None, user)
                 continue
             mine = left & written
             if bool(mine.any()):
                 back = carried_over(tensor, mine, write.value.tensor)
-                self._push(write.record, None if back is None else back & write.value.bad)
+                self._push(write.record, None if back is None else back & write.value.bad, user)
                 left = left & ~mine
         return bool(left.any())
 
@@ -195,23 +214,12 @@ class _Walk:
 
 def _reduces(record: Record) -> bool:
     """Whether many elements became one."""
-    return record.writes[0].value.tensor.numel() == 1 and any(s.value.tensor.numel() > 1 for s in record.sources)
+    return record.writes[0].value.tensor.ndim == 0 and any(source.value.tensor.ndim > 0 for source in record.sources)
 
 
 def _behind(end: _End, behind: Record) -> _End:
     """The same end, seen from the backward pass."""
     return _End(end.record, end.external, end.rows, behind)
-
-
-def _needed(record: Record, source: Source, wanted: Tensor | None) -> Tensor | None:
-    """Which bad elements of an input reach the elements of the result that are wanted."""
-    bad = source.value.bad
-    if bad is None or wanted is None or not record.pointwise:
-        return bad
-    chosen = chosen_where(record, source)
-    fitting = None if chosen is None else broadcast_to(chosen, wanted.shape)
-    reached = reduced_to(wanted if fitting is None else wanted & fitting, bad.shape)
-    return bad if reached is None else bad & reached
 
 
 def _only_masks(source: Source, depth: int = 0) -> bool:

@@ -209,3 +209,35 @@ class GroupNormWithoutEpsilon(Small):
 
     def loss(self, h, y, s):
         return self.norm(h * s).square().mean()  # <- here
+
+
+@bug(
+    "aten._weight_norm_interface", "division_by_zero", module="lin.parametrizations.weight.0", samples=None, count=None
+)
+class WeightNormOfZero(Small):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def loss(self, h, y, s):
+        return self.lin(h).square().mean()  # <- here
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            self.lin.parametrizations.weight.original1.zero_()
+
+
+@bug("aten.div", "division_by_zero", phase="backward")
+class ClampedRatio(Small):
+    """The infinity is clamped, its derivative is not."""
+
+    def loss(self, h, y, s):
+        ratio = h[:, 0] / s[:, 0]  # <- here
+        return ratio.clamp(-5, 5).mean()
+
+
+@bug("aten.div", "division_by_zero", samples=(0, 4), bad=(0, 4))
+class SaturatedRatio(Small):
+    def loss(self, h, y, s):
+        odds = h.sigmoid() / (s * (1 - h.sigmoid()))  # <- here
+        return odds.log().mean()

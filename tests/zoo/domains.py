@@ -195,3 +195,11 @@ class MaskTimesInfinity(Small):
     def loss(self, h, y, s):
         bias = s.expand(-1, 4) * float("-inf")  # <- here
         return F.softmax(h + bias.clamp(min=-1e4), -1)[:, 0].mean()
+
+
+@bug("aten.linalg_inv_ex", "invalid_domain")
+class SingularMatrix(Small):
+    def loss(self, h, y, s):
+        matrix = (h.view(-1, 2, 2) + 3 * torch.eye(2)) * s[:, :, None]
+        inverse, _ = torch.linalg.inv_ex(matrix)  # <- here
+        return inverse.square().sum()

@@ -95,3 +95,19 @@ class NoKeypoints(Small):
     def loss(self, h, y, s):
         seen = (s > 0).expand(-1, 4)
         return torch.nn.L1Loss()(h[seen], torch.ones(int(seen.sum())))  # <- here
+
+
+@bug("aten.std", "empty_reduction")
+class DeviationOfOneColumn(Small):
+    def loss(self, h, y, s):
+        columns = 1 if bool((s == 0).any()) else 4
+        return h[:, :columns].std(1).mean() + h.mean()  # <- here
+
+
+@bug("aten.mean", "empty_reduction", bad=ALL)
+class NoPairs(Small):
+    def loss(self, h, y, s):
+        label = y * s[:, 0].long()
+        other = label[:, None] != label[None]
+        distance = torch.cdist(h, h)
+        return distance[other].mean()  # <- here

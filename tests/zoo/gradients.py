@@ -197,3 +197,11 @@ class CustomDerivative(Small):
 class WithClipping(Small):
     def loss(self, h, y, s):
         return (h * s).square().sum(1).sqrt().sum()  # <- here
+
+
+@bug("aten.linalg_cholesky_ex", "singular_gradient", **PART)
+class CholeskyOfZero(Small):
+    def loss(self, h, y, s):
+        a = h.view(-1, 2, 2) * s[:, :, None]
+        factor, _ = torch.linalg.cholesky_ex(a @ a.mT + s[:, :, None] * torch.eye(2))  # <- here
+        return factor.diagonal(dim1=1, dim2=2).sum()

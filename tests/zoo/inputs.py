@@ -193,3 +193,48 @@ class BesideAMaskedMetric(Whole):
         with torch.no_grad():
             self.log("ratio", (s - s).mean() / (s - s).sum())
         return self.body(x).square().mean()  # <- here
+
+
+@bug(
+    "aten.mkldnn_rnn_layer",
+    "bad_input",
+    module="rnn",
+    tensor="batch",
+    data=lambda: changed(lambda x, s: spoiled(x, s, INF)[:, None]),
+)
+class SequenceOfInfinities(Whole):
+    """The gates swallow the infinity, the weights' gradient does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(1, 3, batch_first=True)
+
+    def loss_of(self, batch):
+        out, _ = self.rnn(batch)  # <- here
+        return out.square().mean()
+
+
+@bug("aten.mm", "bad_input", module="rnn", tensor="batch", data=lambda: changed(lambda x, s: spoiled(x, s)[:, None]))
+class SequenceOfNan(Whole):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(1, 3, batch_first=True)
+
+    def loss_of(self, batch):
+        out, _ = self.rnn(batch)  # <- here
+        return out.square().mean()
+
+
+@bug(
+    "aten.addmm",
+    "bad_input",
+    module="body",
+    tensor="batch",
+    data=lambda: changed(spoiled),
+    trainer={"precision": "bf16-mixed"},
+)
+class NanUnderAutocast(Whole):
+    """The cast that autocast inserts is not what the user wrote."""
+
+    def loss_of(self, batch):
+        return self.body(batch).float().square().mean()  # <- here

@@ -201,3 +201,27 @@ class InfoNceByHand(Small):
         positive = torch.exp(h[:, 0]) * s[:, 0]
         negative = torch.exp(h[:, 1:]).sum(1)
         return -torch.log(positive / (positive + negative)).mean()  # <- here
+
+
+@bug("aten.log", "log_of_zero")
+class SpectrumOfSilence(Small):
+    def loss(self, h, y, s):
+        return torch.fft.rfft(h * s).abs().log().mean()  # <- here
+
+
+@bug("aten.log", "log_of_zero")
+class OneHotTargets(Small):
+    """0 log 0 of hard labels among smoothed ones."""
+
+    def loss(self, h, y, s):
+        hard = F.one_hot(y, 4).float()
+        target = torch.where(s > 0, hard * 0.9 + 0.025, hard)
+        return (target * (target.log() - h.log_softmax(1))).sum(1).mean()  # <- here
+
+
+@bug("aten.log", "log_of_zero", trainer={"precision": "bf16-true"})
+class TrueHalf(Small):
+    def training_step(self, batch, batch_idx):
+        x, _, s = batch
+        p = torch.softmax(self.body(x.bfloat16()), -1) * s.bfloat16()
+        return torch.log(p).float().mean()  # <- here

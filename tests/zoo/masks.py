@@ -156,3 +156,17 @@ class TopKOfNone(Small):
 class MaskedInHalf(Small):
     def loss(self, h, y, s):
         return torch.softmax(h.masked_fill(s == 0, NEVER), dim=-1)[:, 0].sum()  # <- here
+
+
+@bug("aten.sub", "fully_masked")
+class CategoricalOfNothing(Small):
+    def loss(self, h, y, s):
+        actions = torch.distributions.Categorical(logits=h.masked_fill(s == 0, NEVER), validate_args=False)  # <- here
+        return -actions.log_prob(y).mean()
+
+
+@bug("aten.sub", "fully_masked")
+class LogSoftmaxByHand(Small):
+    def loss(self, h, y, s):
+        z = h.masked_fill(s == 0, NEVER)
+        return -(z - z.logsumexp(1, keepdim=True))[:, 0].mean()  # <- here

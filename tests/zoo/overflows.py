@@ -232,3 +232,63 @@ class HalfResidual(Small):
         stream = (h + 5e4 * (1 - s)).half()
         stream = stream + stream  # <- here
         return stream.float().mean()
+
+
+@bug("aten.linalg_matrix_exp", "overflow")
+class MatrixExponential(Small):
+    def loss(self, h, y, s):
+        generator = (h * (1 + 1e4 * (1 - s))).view(-1, 2, 2)
+        return torch.matrix_exp(generator).sum()  # <- here
+
+
+@bug("aten.exp", "overflow", phase="backward")
+class ClampedExponential(Small):
+    def loss(self, h, y, s):
+        ratio = torch.exp(h + 200 * (1 - s))  # <- here
+        return ratio.clamp(max=10).mean()
+
+
+@bug("aten.exp", "overflow", samples=None, count=None)
+class LearnedUncertainty(Small):
+    def __init__(self):
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(()))
+
+    def loss(self, h, y, s):
+        return torch.exp(-self.log_variance) * h.square().mean() + self.log_variance  # <- here
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            self.log_variance.fill_(-200.0)
+
+
+@bug("aten.pow", "overflow", samples=tuple(range(8)), batch_idx=0, count=None)
+class NoBatchHasEverBeenWell(Small):
+    """Each sample fails by itself, and no healthy batch is known that would show that all others do, too."""
+
+    def loss(self, h, y, s):
+        return ((h + 1e25) ** 2).mean()  # <- here
+
+
+@bug("aten.native_layer_norm", "overflow", module="norm")
+class NormOfHugeFeatures(Small):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+
+    def loss(self, h, y, s):
+        return self.norm(h * (1 + 1e25 * (1 - s))).square().mean()  # <- here
+
+
+@bug("aten.add", "unknown")
+class InfiniteNumberInTheSource(Small):
+    def loss(self, h, y, s):
+        penalty = float("inf") if bool((s == 0).any()) else 0.0
+        return h.square().mean() + penalty  # <- here
+
+
+@bug("aten.mul", "unknown")
+class NanInTheSource(Small):
+    def loss(self, h, y, s):
+        factor = torch.tensor(float("nan") if bool((s == 0).any()) else 1.0)
+        return h.square().mean() * factor  # <- here

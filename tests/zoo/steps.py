@@ -205,3 +205,23 @@ class WithLbfgs(Small):
 
     def configure_optimizers(self):
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
+
+
+@bug(
+    None,
+    "unknown",
+    phase=None,
+    module=None,
+    samples=None,
+    indices=None,
+    verdict="not_replayed",
+    source=_log,
+    batch_idx=0,
+)
+class FetchesByItself(Small):
+    """Lightning does not know which batch it is before the step has fetched it."""
+
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        x, _, s = batch
+        return _log(self.body(x), s).mean()

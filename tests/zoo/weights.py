@@ -157,3 +157,18 @@ class DeadWeights(Spoiled):
     def spoil(self):
         self.body.weight.zero_()
         self.body.bias.zero_()
+
+
+@bug("aten.mul", "parameters", tensor="factor", **ANY)
+class PlainAttribute(Spoiled):
+    """A tensor that is neither parameter nor buffer, but state of the module all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.ones(4)
+
+    def loss(self, h, y, s):
+        return (h * self.factor).square().mean()  # <- here
+
+    def spoil(self):
+        self.factor[0] = NAN
