@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from trainers import assert_same, fit, policy
 from zoo import BUGS, CONTROLS, Bug
 from zoo.base import SIZE
 
-from nanguard.incident import Cause, Incident
+from nanguard.algebra.registry import lookup
+from nanguard.diagnosis.advice import advice
+from nanguard.diagnosis.table import ADVICE
+from nanguard.incident import Cause, Incident, Origin
 
 ERROR = {"capture": {"enabled": False}, "budget": {"consecutive": 50}}
 
@@ -70,6 +74,19 @@ def test_a_bug(tmp_path: Path, name: str) -> None:
 def test_a_healthy_module(tmp_path: Path, name: str) -> None:
     entry = CONTROLS[name]
     assert run(tmp_path, entry, "raise").incidents == []
+
+
+@pytest.mark.parametrize("entry", ADVICE, ids=lambda entry: f"{entry.cause} {' '.join(entry.ops)[:30]}")
+def test_advice_names_rules_that_there_are(entry: Any) -> None:
+    for code in re.findall(r"NG\d+", entry.text):
+        assert lookup(code).code == code
+    assert entry.text.count(". ") <= 1
+    assert advice(entry.cause, Origin(op=entry.ops[0] if entry.ops else None, phase=entry.phase))
+
+
+@pytest.mark.parametrize("cause", Cause.__args__)  # type: ignore[attr-defined]
+def test_there_is_advice_for_every_cause(cause: Any) -> None:
+    assert advice(cause, Origin())
 
 
 # -- the zoo itself

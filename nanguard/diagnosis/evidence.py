@@ -51,23 +51,24 @@ def _union(record: Record, sources: list[Source], kind: str, mask: Tensor) -> Te
     found = torch.zeros_like(mask)
     for source in sources:
         part = getattr(source.value, kind)
-        spread = reaches(record, source, part, mask.shape)
+        spread = reaches(record, source, part, mask)
         if spread is None:
             return torch.ones_like(mask)
         found |= spread
     return found
 
 
-def reaches(record: Record, source: Source, part: Tensor, shape: torch.Size) -> Tensor | None:
-    """Which elements of the result of an element-wise operation some elements of an input reach; `None` for others."""
+def reaches(record: Record, source: Source, part: Tensor, result: Tensor) -> Tensor | None:
+    """Which elements of the result some elements of an input reach; `None` where the operation is not element-wise."""
     if not record.pointwise:
         return None
-    spread = broadcast_to(part, shape)
+    # A number may lie on the CPU and all else on another device.
+    spread = broadcast_to(part.to(result.device), result.shape)
     if spread is None:
         return None
     chosen = chosen_where(record, source)
     if chosen is not None:
-        fitting = broadcast_to(chosen, shape)
+        fitting = broadcast_to(chosen.to(result.device), result.shape)
         if fitting is not None:
             return spread & fitting
     return spread
@@ -168,7 +169,7 @@ def _at(value: Tensor, shape: torch.Size, spots: Spots) -> Tensor | None:
     if value.is_complex() or value.layout is not torch.strided or value.is_nested:
         return None
     spread = broadcast_to(value.detach(), shape)
-    return None if spread is None else spread[spots]
+    return None if spread is None else spread[tuple(entry.to(value.device) for entry in spots)]
 
 
 def _normalised(record: Record) -> bool:

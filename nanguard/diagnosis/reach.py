@@ -29,11 +29,11 @@ def needed(record: Record, source: Source, wanted: Tensor | None) -> Tensor | No
         return bad
     if record.pointwise:
         chosen = chosen_where(record, source)
-        fitting = None if chosen is None else broadcast_to(chosen, wanted.shape)
+        fitting = None if chosen is None else broadcast_to(chosen.to(wanted.device), wanted.shape)
         reached = reduced_to(wanted if fitting is None else wanted & fitting, bad.shape)
     else:
         reached = _by_rule(record, source, wanted)
-    return bad if reached is None or reached.shape != bad.shape else bad & reached
+    return bad if reached is None or reached.shape != bad.shape else bad & reached.to(bad.device)
 
 
 def _by_rule(record: Record, source: Source, wanted: Tensor) -> Tensor | None:

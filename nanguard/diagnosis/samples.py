@@ -91,34 +91,43 @@ class SampleSearch:
     def _search(self) -> None:
         rest = list(range(self._size))
         while rest and (self.found == [] or self.fails(rest)):
-            culprits = self._below(rest)
-            self.found += [culprit for culprit in culprits if culprit not in self.found]
+            self._below(rest)
             rest = [position for position in rest if position not in self.found]
 
-    def _below(self, failing: list[int]) -> list[int]:
-        """Samples at fault in a failing set: those of each half that fails, or else those that fail together only."""
+    def _below(self, failing: list[int]) -> None:
+        """Finds samples at fault in a failing set: those of each half that fails, or else those that fail together only."""
         if len(failing) == 1:
-            return failing
+            self._keep(failing)
+            return
         middle = len(failing) // 2
         halves = [half for half in (failing[:middle], failing[middle:]) if self.fails(half)]
-        if len(halves) == 2:
-            # Where each quarter fails, too, most samples do, and asking each of them is the shortest way.
-            quarters = [part for half in halves for part in (half[: len(half) // 2], half[len(half) // 2 :]) if part]
-            if all(map(self.fails, quarters)):
-                alone = [position for position in failing if self.fails([position])]
-                if alone:
-                    return alone
-        if halves:
-            return [culprit for half in halves for culprit in self._below(half)]
-        together = self._shrink(failing)
-        return together + self._in_place_of(together, failing) if len(together) > 1 else together
+        if len(halves) == 2 and self._most_alone(failing):
+            self._keep([position for position in failing if self.fails([position])])
+            return
+        for half in halves:
+            if not set(half) <= set(self.found):
+                self._below(half)
+        if not halves:
+            together = self._shrink(failing)
+            self._keep(together)
+            if len(together) > 1:
+                self._keep(self._in_place_of(together))
 
-    def _in_place_of(self, culprits: list[int], among: list[int]) -> list[int]:
+    def _most_alone(self, failing: list[int]) -> bool:
+        """Whether most samples do it by themselves, so that asking each of them is the shortest way."""
+        quarter = -(-len(failing) // 4)
+        quarters = [failing[start : start + quarter] for start in range(0, len(failing), quarter)]
+        return all(map(self.fails, quarters)) and any(self.fails([position]) for position in failing[:4])
+
+    def _in_place_of(self, culprits: list[int]) -> list[int]:
         """Samples that could stand in for one of several that only fail together."""
-        others = [position for position in among if position not in culprits]
+        others = [position for position in range(self._size) if position not in self.found]
         if not others or not self.fails(sorted([*culprits[1:], *others])):
             return []
         return [other for other in others if self.fails(sorted([*culprits[1:], other]))]
+
+    def _keep(self, culprits: list[int]) -> None:
+        self.found += [culprit for culprit in culprits if culprit not in self.found]
 
     def fails(self, positions: Sequence[int]) -> bool:
         """Whether a sub-batch fails. One that is too small to run is filled up with samples that are known to be healthy."""
