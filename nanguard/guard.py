@@ -218,6 +218,9 @@ class Guard:
 
     def _rule(self, attempt: Attempt, trigger: Trigger, parameters: list[Tensor], elsewhere: int | None) -> Ruling:
         found = self._diagnose(attempt, trigger, elsewhere)
+        if self._peers is not None:
+            elsewhere = self._peers.reproducing(found.verdict == "reproduced", elsewhere)
+            found = Diagnosis() if elsewhere is not None else found
         moment = attempt.moment
         action = self.policy.action(trigger=trigger, cause=found.cause, step=moment.step)
         if self._peers is not None:

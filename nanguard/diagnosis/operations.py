@@ -97,6 +97,7 @@ class Operation:
         view: whether the result is the input's own memory.
         written: positions and names of the arguments that it writes into.
         empty: whether its result is memory that nobody has written yet.
+        collective: whether it needs other processes.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Operation:
     view: bool
     written: tuple[tuple[int, str], ...]
     empty: bool
+    collective: bool
 
 
 _KNOWN: dict[Any, Operation] = {}
@@ -122,7 +124,9 @@ def operation(func: Any) -> Operation:
         if name in STATISTICS:  # the schema of some of them does not say so
             written = ((3, "running_mean"), (4, "running_var"))
         pointwise = torch.Tag.pointwise in func.tags or name in _SAME_SHAPE
-        found = _KNOWN[func] = Operation(name, pointwise, bool(func.is_view) and not written, written, name in EMPTY)
+        collective = name.startswith(("c10d.", "_c10d_functional."))
+        view = bool(func.is_view) and not written
+        found = _KNOWN[func] = Operation(name, pointwise, view, written, name in EMPTY, collective)
     return found
 
 

@@ -36,6 +36,8 @@ _sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 class Trace(TorchDispatchMode):
     """Records while it is active. It synchronises after every operation: for the autopsy only.
 
+    It raises `RuntimeError` where the step talks to other processes, which are not there to answer.
+
     Args:
         root: module whose submodules give the operations their place.
         batch: tensors that come from the batch, whose infinities nobody can have meant.
@@ -85,6 +87,8 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = operation(func)
+        if known.collective:
+            raise RuntimeError(f"{known.name}: a collective of all processes cannot be run again by one of them")
         given = arguments((*args, *kwargs.values())) if kwargs else arguments(args)
         tensors = [value for value in given if isinstance(value, Tensor)]
         # Before the call: an in-place operation overwrites what it was given.
