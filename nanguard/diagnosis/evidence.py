@@ -162,11 +162,11 @@ def _values(value: Any, shape: torch.Size, spots: Spots) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor([float(value)], dtype=torch.float64)
     at = _at(value, shape, spots)
-    return torch.empty(0) if at is None else at.double()
+    return torch.empty(0) if at is None else (at.abs() if at.is_complex() else at).double()
 
 
 def _at(value: Tensor, shape: torch.Size, spots: Spots) -> Tensor | None:
-    if value.is_complex() or value.layout is not torch.strided or value.is_nested:
+    if value.layout is not torch.strided or value.is_nested:
         return None
     spread = broadcast_to(value.detach(), shape)
     return None if spread is None else spread[tuple(entry.to(value.device) for entry in spots)]

@@ -12,10 +12,8 @@ from torch import nn
 from nanguard.diagnosis.records import Place
 from nanguard.source import Frame, is_blamed_file, source_line
 
-__all__ = ["SUMMED", "clean_name", "function_of", "module_names", "place_here", "recomputing", "with_source"]
+__all__ = ["clean_name", "function_of", "module_names", "place_here", "recomputing", "with_source"]
 
-# Where the autograd engine adds up the gradients of a tensor that was used several times: in no node.
-SUMMED = Place()
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 _USER, _LIBRARY, _OTHER, _APPLY, _CHECKPOINT, _ENGINE, _START = range(7)
 _KINDS: dict[CodeType, int] = {}
@@ -40,8 +38,12 @@ def function_of(node: Any) -> str | None:
     return None if function is None or _is_torchs(function) else str(function.__name__)
 
 
-def place_here() -> Place:
-    """Who has called the operation that is being dispatched."""
+def place_here(within: bool = False) -> Place:
+    """Who has called the operation that is being dispatched.
+
+    Args:
+        within: whether to look no further than the autograd engine: only code that runs in the backward pass itself counts.
+    """
     frame: FrameType | None = sys._getframe(2)
     engine = False
     user = caller = call = function = None
@@ -51,6 +53,8 @@ def place_here() -> Place:
             break
         if kind == _ENGINE and user is None:
             engine = True
+            if within:
+                break
         if kind in (_USER, _LIBRARY):
             if user is None or (kind == _USER and caller is None) or (function is not None and call is None):
                 here = Frame(frame.f_code.co_filename, frame.f_lineno, "")
@@ -61,9 +65,7 @@ def place_here() -> Place:
             cls = frame.f_locals.get("cls")
             function = None if cls is None or _is_torchs(cls) else str(cls.__name__)
         frame = frame.f_back
-    if engine:
-        return SUMMED
-    return Place(user, caller if caller is not user else None, function, call)
+    return Place(user, caller if caller is not user else None, function, call, engine)
 
 
 def recomputing() -> bool:

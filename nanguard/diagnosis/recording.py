@@ -20,15 +20,14 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanguard.diagnosis.evidence import evidence_of, judged, same_place
-from nanguard.diagnosis.naming import SUMMED, function_of, module_names, place_here, recomputing
+from nanguard.diagnosis.naming import function_of, module_names, place_here, recomputing
 from nanguard.diagnosis.operations import JUDGED, MASKS, ROWS, STATISTICS, Operation, arguments, operation, row_masked
-from nanguard.diagnosis.records import Place, Record, Source, Value, Write, storage_of
-from nanguard.diagnosis.regions import carried_over
+from nanguard.diagnosis.records import Record, Source, Value, Write, storage_of
+from nanguard.diagnosis.regions import covers, key_of, told_apart
 from nanguard.diagnosis.statistics import nonfinite, plain
 
 __all__ = ["Trace"]
 
-_NOWHERE = Place()
 _sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
@@ -107,7 +106,7 @@ class Trace(TorchDispatchMode):
             return result
         if known.view:
             if not sources:
-                self._seen.update(_key(tensor) for tensor in results if storage_of(tensor) not in self._made)
+                self._seen.update(key_of(tensor) for tensor in results if storage_of(tensor) not in self._made)
             return result
         returned = {id(tensor) for tensor in results}
         written = [_argument(args, kwargs, *place) for place in known.written]
@@ -124,11 +123,13 @@ class Trace(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         backward = node is not None and not (torch.is_grad_enabled() and recomputing())
         if backward:
-            sequence, place, module = node._sequence_nr(), _NOWHERE, ""
-            return Record(self._count, known.name, module, place, True, sequence, function_of(node))
+            sequence = node._sequence_nr()
+            # Inside functorch the forward operation is not known by its number: then the call of the derivative has to do.
+            place = place_here(within=sequence in self.forward)
+            return Record(self._count, known.name, self._stack[-1], place, True, sequence, function_of(node))
         place = place_here()
-        if place is SUMMED and node is None:
-            return Record(self._count, known.name, "", place, True, None)
+        if place.engine and node is None:  # the engine adds up the gradients of a tensor that was used several times
+            return Record(self._count, known.name, self._stack[-1], place, True, None)
         sequence = _sequence_number() - 1
         module = self._stack[-1]
         if node is not None:  # computed again: outside the modules that it was called from at first
@@ -168,7 +169,7 @@ class Trace(TorchDispatchMode):
         if mask is not None:
             return mask
         self._made.add(storage)
-        if storage in self.bad and _covers(tensor):
+        if storage in self.bad and covers(tensor):
             del self.bad[storage]
             self.outside.pop(storage, None)
         return None
@@ -180,7 +181,7 @@ class Trace(TorchDispatchMode):
         if storage not in self.bad:
             if storage in self._made:
                 return None
-            key = _key(tensor)
+            key = key_of(tensor)
             if key in self._seen:
                 return None
             mask = nonfinite(tensor)
@@ -195,7 +196,7 @@ class Trace(TorchDispatchMode):
         mask = nonfinite(tensor)
         if mask is None:
             return None
-        value = _shares(tensor, mask, writes, self.outside.get(storage, []))
+        value = told_apart(tensor, mask, writes, self.outside.get(storage, []))
         return Source(value, writes, external, saved=not any(write.record.backward for write in writes))
 
     def _admit(self, tensor: Tensor, storage: int, mask: Tensor) -> None:
@@ -238,7 +239,7 @@ class Trace(TorchDispatchMode):
         storage = storage_of(tensor)
         self._kept.append(tensor)
         self._made.discard(storage)
-        if _covers(tensor) or storage not in self.bad:
+        if covers(tensor) or storage not in self.bad:
             self.outside.pop(storage, None)
             self.bad[storage] = []
         self.bad[storage].append(write)
@@ -275,19 +276,6 @@ def _argument(args: Any, kwargs: Any, position: int, name: str) -> Any:
     return args[position] if position < len(args) else kwargs.get(name)
 
 
-def _key(tensor: Tensor) -> tuple[Any, ...]:
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return (id(tensor),)
-    return storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
-
-
-def _covers(tensor: Tensor) -> bool:
-    """Whether a tensor is all there is in its memory."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return True
-    return tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes()
-
-
 def _masks(known: Operation, tensors: list[Tensor]) -> bool:
     """Whether a backward operation gives a gradient of 0 to what a mask left out: also one that is multiplied."""
     node = torch._C._current_autograd_node()
@@ -310,25 +298,3 @@ def _selector(name: str, args: Any) -> Tensor | None:
     if name == "aten.masked_fill" and isinstance(args[1], Tensor):
         return ~args[1]
     return None
-
-
-def _shares(tensor: Tensor, mask: Tensor, writes: list[Write], outside: list[Value]) -> Value:
-    """A non-finite input, told apart into what is bad and what is meant."""
-    values = [write.value for write in writes] + outside
-    if all(value.meant is None for value in values):
-        return Value(tensor.detach(), bad=mask)
-    if all(value.bad is None for value in values):
-        nan = torch.isnan(tensor)
-        return Value(tensor.detach(), meant=mask) if not bool(nan.any()) else Value(tensor.detach(), bad=mask)
-    meant = torch.zeros_like(mask)
-    for value in values:
-        if value.meant is not None:
-            found = carried_over(value.tensor, value.meant, tensor)
-            if found is not None:
-                meant |= found
-        if value.bad is not None:
-            found = carried_over(value.tensor, value.bad, tensor)
-            if found is not None:
-                meant &= ~found
-    meant &= mask & torch.isinf(tensor)
-    return Value(tensor.detach(), bad=mask & ~meant, meant=meant)

@@ -34,12 +34,14 @@ class Place:
         caller: where that code is a library's, the deepest frame of the user's own project.
         function: class name of the custom `autograd.Function` inside which it was called.
         call: the frame that called that function.
+        engine: whether the autograd engine stands between it and the operation, or between it and nobody.
     """
 
     frame: Frame | None = None
     caller: Frame | None = None
     function: str | None = None
     call: Frame | None = None
+    engine: bool = False
 
 
 @dataclass(eq=False)

@@ -14,6 +14,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from nanguard.diagnosis.naming import with_source
@@ -42,7 +43,7 @@ class Finding:
         others: further ones that the same operation was given.
         reached: whether an infinity that was meant reached the loss, and nothing was bad.
         row: whether the operation was given rows that are masked altogether.
-        custom: whether it failed inside the backward pass of a custom `autograd.Function`.
+        custom: whether it failed in the user's own code of a backward pass: a custom `autograd.Function`, a hook.
         rows: which elements of its result were bad.
         caller: the frame that called the library which the origin lies in.
         forward: what the forward pass made non-finite at this operation, although the loss did not show it.
@@ -101,6 +102,8 @@ class _Walk:
         self._users: dict[Record, Record] = {}
 
     def begin(self, tensor: Tensor) -> None:
+        if tensor.layout is torch.sparse_coo:
+            tensor = tensor._values()
         writes = self._trace.bad.get(storage_of(tensor), [])
         mask = nonfinite(tensor) if plain(tensor) and not tensor.is_nested else None
         if mask is None:
@@ -242,10 +245,12 @@ def _finding(trace: Trace, end: _End, *, reached: bool = False) -> Finding:
     if end.behind is not None and end.behind.met is not None and evidence is not None:
         evidence = replace(evidence, zero=end.behind.met.zero, masked=end.behind.met.masked)
     forward = trace.forward.get(record.sequence) if record.backward and record.sequence is not None else None
-    home = forward or record
+    # A hook on a gradient is the user's own code; what a custom function does is called by the function's name.
+    hook = record.backward and record.function is None and record.place.frame is not None and not record.place.engine
+    home = record if hook else forward or record
     place = home.place
     # What a custom function does in its backward pass was called where the function was applied.
-    frame = place.call if record.backward and place.function is not None else place.frame
+    frame = place.call if record.backward and not hook and place.function is not None else place.frame
     stats = evidence.stats if evidence is not None else ()
     if end.external is not None:
         stats = (describe_tensor("input", end.external),)
@@ -257,7 +262,7 @@ def _finding(trace: Trace, end: _End, *, reached: bool = False) -> Finding:
         op=record.function or place.function or home.kernel,
         # A value from outside is at fault where it was used first, wherever it did its damage.
         phase="backward" if failed.backward and end.external is None else "forward",
-        module=home.module,
+        module=forward.module if hook and forward is not None else home.module,
         file=frame.file if frame else None,
         line=frame.line if frame else None,
         code=frame.code if frame else None,
@@ -271,7 +276,7 @@ def _finding(trace: Trace, end: _End, *, reached: bool = False) -> Finding:
         end.external,
         reached=reached,
         row=record.row_masked and end.external is None,
-        custom=record.backward and record.function is not None,
+        custom=record.backward and (record.function is not None or hook),
         rows=end.rows,
         caller=place,
         forward=inner,

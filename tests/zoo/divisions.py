@@ -241,3 +241,10 @@ class SaturatedRatio(Small):
     def loss(self, h, y, s):
         odds = h.sigmoid() / (s * (1 - h.sigmoid()))  # <- here
         return odds.log().mean()
+
+
+@bug("aten.reciprocal", "division_by_zero")
+class ComplexImpedance(Small):
+    def loss(self, h, y, s):
+        impedance = torch.complex(h, h + 1) * s
+        return (1 / impedance).abs().mean()  # <- here

@@ -205,3 +205,33 @@ class CholeskyOfZero(Small):
         a = h.view(-1, 2, 2) * s[:, :, None]
         factor, _ = torch.linalg.cholesky_ex(a @ a.mT + s[:, :, None] * torch.eye(2))  # <- here
         return factor.diagonal(dim1=1, dim2=2).sum()
+
+
+@bug("aten.div", "division_by_zero", module="body", **PART)
+class HookOnAGradient(Small):
+    def loss(self, h, y, s):
+        h.register_hook(lambda gradient: gradient / s)  # <- here
+        return h.square().mean()
+
+
+@bug("aten.sqrt", "singular_gradient", **PART)
+class SparseGradient(Small):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4, sparse=True)
+
+    def loss(self, h, y, s):
+        return ((self.embed(y) * s).square().sum(1)).sqrt().mean() + 0 * h.sum()  # <- here
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@bug("aten.mul", "overflow", **PART)
+class GradientsThatAddUp(Small):
+    """Each use of the tensor gives a finite gradient."""
+
+    def loss(self, h, y, s):
+        huge = 2e38 * (1 - s)
+        difference = h - h.detach()
+        return (difference * huge).sum() + (difference * huge * 2).sum() + h.mean()  # <- here
