@@ -206,7 +206,9 @@ class _Case:
         if found.cause in ("log_of_zero", "overflow", "division_by_zero", "masked_branch", "singular_gradient"):
             swaps = counterfactuals.saving_swaps(self._micro, self._rerun, backward=not forward)
             if swaps:
-                swap = swaps[0]
+                place = found.origin
+                here = [s for s in swaps if place is not None and (s.file, s.line) == (place.file, place.line)]
+                swap = (here or swaps)[0]
                 notes.append(f"With the stabiliser the step is finite ({swap.rule}): write {swap.replacement}.")
                 return tuple(notes)
         if found.cause in ("overflow", "unknown"):
