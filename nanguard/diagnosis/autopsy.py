@@ -209,7 +209,10 @@ class _Case:
                 place = found.origin
                 here = [s for s in swaps if place is not None and (s.file, s.line) == (place.file, place.line)]
                 swap = (here or swaps)[0]
-                notes.append(f"With the stabiliser the step is finite ({swap.rule}): write {swap.replacement}.")
+                # What is said of a branch is a pattern, and no line to copy.
+                form = "" if swap.rule.startswith("NG4") else f": write {swap.replacement}"
+                form += "" if here else f" in {swap.file}:{swap.line}"
+                notes.append(f"With the stabiliser the step is finite ({swap.rule}){form}.")
                 return tuple(notes)
         if found.cause in ("overflow", "unknown"):
             fails = counterfactuals.fails_in_double(self._micro, self._rerun, backward=not forward)
