@@ -218,6 +218,9 @@ class Guard:
 
     def _rule(self, attempt: Attempt, trigger: Trigger, parameters: list[Tensor], elsewhere: int | None) -> Ruling:
         found = self._diagnose(attempt, trigger, elsewhere)
+        if self._peers is not None:
+            elsewhere = self._peers.reproducing(found.verdict == "reproduced", elsewhere)
+            found = Diagnosis() if elsewhere is not None else found
         moment = attempt.moment
         action = self.policy.action(trigger=trigger, cause=found.cause, step=moment.step)
         if self._peers is not None:
@@ -285,7 +288,13 @@ class Guard:
         options = self.policy.diagnosis
         if self._rerun is None:
             return suspects(self._module, attempt.micro.args, self._transaction.buffers(attempt.micro.before))
-        found = diagnose(attempt.micro, self._rerun, healthy=self._healthy, samples=options.samples)
+        found = diagnose(
+            attempt.micro,
+            self._rerun,
+            healthy=self._healthy,
+            samples=options.samples,
+            counterfactual=options.counterfactuals,
+        )
         if trigger == "scaler" and found.verdict == "transient":
             return Diagnosis(advice=_SCALER_ADVICE)
         return found
@@ -342,6 +351,8 @@ def _picked(micro: MicroBatch, samples: tuple[int, ...] | None) -> tuple[int, ..
         return None
     if len(indices) == 1:
         return indices
-    if batch_size(micro.args[0]) != len(indices):  # collation made another number of rows of these samples
+    if batch_size(micro.args[0], len(indices)) != len(
+        indices
+    ):  # collation made another number of rows of these samples
         return None
     return tuple(indices[position] for position in samples)

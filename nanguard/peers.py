@@ -39,6 +39,18 @@ class Peers:
         flags = with_loss if any(with_loss) else with_alarm
         return None if flags[self.rank] else flags.index(1)
 
+    def reproducing(self, mine: bool, elsewhere: int | None) -> int | None:
+        """The rank where it began, if that is another one, now that each has run its part of the step again.
+
+        Args:
+            mine: whether this rank's part has failed again.
+            elsewhere: what was known before.
+        """
+        flags = self.gather(mine)
+        if not any(flags):
+            return elsewhere
+        return None if flags[self.rank] else flags.index(1)
+
     def agreed(self, action: RuleAction, elsewhere: int | None) -> RuleAction:
         """The action of the lowest rank where it began; only that rank knows the cause."""
         actions: tuple[RuleAction, ...] = get_args(RuleAction)

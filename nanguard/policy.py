@@ -110,10 +110,12 @@ class Diagnosis(_Section):
     Attributes:
         enabled: re-run the failed step once, without a trace, to find the origin.
         samples: find the samples at fault by re-running parts of the batch.
+        counterfactuals: re-run the step in other circumstances too (float64, the stabiliser, once more), for evidence.
     """
 
     enabled: StrictBool = True
     samples: StrictBool = True
+    counterfactuals: StrictBool = True
 
 
 class CapturePolicy(_Section):

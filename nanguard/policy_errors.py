@@ -19,7 +19,6 @@ PLANNED = {
     "watch": "remove the key",
     "checkpoint_gate": "remove the key",
     "resume": "remove the key",
-    "diagnosis.counterfactuals": "remove the key",
 }
 _PLANNED_VALUES = {"rollback": "use skip_step", "micro_batch": "use window"}
 

@@ -86,8 +86,10 @@ class Session:
         transaction = Transaction(module, ignored=IGNORED, participants=participants, moving=MovingParameters(module))
         peers = _peers(trainer) if trainer.world_size > 1 else None
         rerun = None
-        if peers is None and module.automatic_optimization:
-            rerun = Rerun(module, transaction, self._step, self._quiet)
+        # Under DDP each process holds the whole model; where it is sharded, one process cannot run it alone.
+        alone = peers is None or type(trainer.strategy).__name__ == "DDPStrategy"
+        if alone and module.automatic_optimization:
+            rerun = Rerun(module, transaction, self._step, self._quiet, lambda: trainer.optimizers)
         return Guard(
             self._policy,
             module,

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from types import FrameType
 
-__all__ = ["Frame", "is_user_file", "user_frame"]
+__all__ = ["Frame", "is_blamed_file", "is_user_file", "source_line", "user_frame"]
 
 _LIBRARIES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics")
 
@@ -37,6 +37,20 @@ def user_frame(frame: FrameType | None = None) -> Frame | None:
     return Frame(file, line, linecache.getline(file, line, frame.f_globals).strip())
 
 
+def source_line(file: str, line: int) -> str:
+    """The text of a line of source, without the blanks around it; empty where the file cannot be read."""
+    return linecache.getline(file, line).strip()
+
+
+@functools.cache
+def is_blamed_file(file: str) -> bool:
+    """Whether a line of this file may be called the origin of a failure: the user's, or a library's that computes losses."""
+    if is_user_file(file):
+        return True
+    folders = _library_folders(("torchmetrics",))
+    return os.path.abspath(file).startswith(folders[1:])
+
+
 @functools.cache
 def is_user_file(file: str) -> bool:
     """Whether a code object's file is neither torch's, lightning's nor nanguard's own (nor the interpreter's)."""
@@ -49,10 +63,11 @@ def is_user_file(file: str) -> bool:
 
 
 @functools.cache
-def _library_folders() -> tuple[str, ...]:
+def _library_folders(names: tuple[str, ...] = _LIBRARIES) -> tuple[str, ...]:
+    """The folders of nanguard and of these packages."""
     own = os.path.dirname(os.path.abspath(__file__))
     folders = [own]
-    for name in _LIBRARIES:
+    for name in names:
         spec = importlib.util.find_spec(name)
         folders.extend(spec.submodule_search_locations or () if spec else ())
     return tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)

@@ -27,21 +27,31 @@ def named_tensors(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, 
             yield from named_tensors(child, path + step, depth + 1)
 
 
-def map_tensors(change: Callable[[Tensor], Tensor], value: Any, depth: int = 0) -> Any:
-    """The same tree with other tensors, in containers of its own; what is neither tensor nor container is shared."""
+def map_tensors(
+    change: Callable[[Tensor], Tensor], value: Any, depth: int = 0, *, whole: Callable[[Any], Any] | None = None
+) -> Any:
+    """The same tree with other tensors, in containers of its own; what is neither tensor nor container is shared.
+
+    Args:
+        change: gives the other tensor.
+        value: the tree.
+        depth: how far above it its root is.
+        whole: called with each list and tuple; what it returns stands in its place, unless that is `None`.
+    """
     kind = type(value)
     if isinstance(value, Tensor):
         return change(value)
     if depth >= _DEEPEST or kind in (int, float, str, bytes, bool, type(None)):
         return value
     if kind in (list, tuple):
-        return kind([map_tensors(change, child, depth + 1) for child in value])
+        other = whole(value) if whole is not None else None
+        return kind([map_tensors(change, child, depth + 1, whole=whole) for child in value]) if other is None else other
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind._make(map_tensors(change, child, depth + 1) for child in value)
+        return kind._make(map_tensors(change, child, depth + 1, whole=whole) for child in value)
     if isinstance(value, dict):
         mapped = copy.copy(value)
         for key, child in value.items():
-            mapped[key] = map_tensors(change, child, depth + 1)
+            mapped[key] = map_tensors(change, child, depth + 1, whole=whole)
         return mapped
     if _has_attributes(value) and any(True for _ in named_tensors(value, "", depth)):
         try:
@@ -49,7 +59,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any, depth: int = 0) 
         except Exception:  # it does not let itself be copied
             return value
         for name, child in vars(value).items():
-            vars(mapped)[name] = map_tensors(change, child, depth + 1)
+            vars(mapped)[name] = map_tensors(change, child, depth + 1, whole=whole)
         return mapped
     return value
 

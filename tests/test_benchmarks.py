@@ -33,3 +33,12 @@ def test_the_stabilizer_is_measured(tmp_path: Path) -> None:
         assert f"**{title}**" in lines, done.stdout
     for way in ("unguarded", "guarded", "built-in"):
         assert any("8x4" in line and f"| {way} |" in line for line in lines), done.stdout
+
+
+@pytest.mark.slow
+def test_the_diagnosis_is_measured(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "diagnosis.py"), "--models", "mlp", "--samples", "8", "--repeats", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for kind in ("forward", "backward"):
+        assert any(f"| mlp | {kind} |" in line for line in done.stdout.splitlines()), done.stdout

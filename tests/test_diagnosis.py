@@ -178,6 +178,33 @@ def test_samples_may_be_left_unsearched(tmp_path: Path) -> None:
     assert incident.cause == "log_of_zero"
 
 
+def test_further_runs_give_evidence(tmp_path: Path) -> None:
+    bug = ZOO["exp"]
+    told = incident_of(tmp_path, lambda: Zoo(bug.line), samples())
+    assert told.advice.endswith("In float64 the same step is finite.")
+    silent = incident_of(tmp_path, lambda: Zoo(bug.line), samples(), diagnosis={"counterfactuals": False})
+    assert told.advice.startswith(silent.advice)
+    assert "float64" not in silent.advice
+    assert (silent.origin, silent.cause, silent.samples) == (told.origin, told.cause, told.samples)
+
+
+def test_the_stabiliser_is_named_where_it_would_have_helped(tmp_path: Path) -> None:
+    class ByHand(Zoo):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, s = batch
+            p = torch.softmax(self.body(x) + 300 * (1 - s) * torch.eye(4)[0], dim=1)
+            return -torch.log(p[:, 1]).mean()
+
+    incident = incident_of(tmp_path, lambda: ByHand(lambda h, s: h), samples())
+    assert incident.cause == "log_of_zero"
+    assert "With the stabiliser the step is finite (NG102): write F.log_softmax(" in incident.advice
+
+
+def test_what_overflows_in_float64_too_is_no_matter_of_precision(tmp_path: Path) -> None:
+    incident = incident_of(tmp_path, lambda: Zoo(lambda h, s: torch.exp(h + 900 * (1 - s))), samples())
+    assert incident.advice.endswith("In float64 it fails, too.")
+
+
 def test_diagnosis_may_be_left_out(tmp_path: Path) -> None:
     incident = incident_of(tmp_path, lambda: Zoo(ZOO["log of 0"].line), samples(), diagnosis={"enabled": False})
     assert (incident.samples, incident.cause, incident.verdict) == (None, "unknown", "not_replayed")

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanguard.diagnosis.samples import batch_size, failing_samples, take
+from nanguard.diagnosis.batches import replaced
+from nanguard.diagnosis.samples import SampleSearch, batch_size, failing_samples, take
 
 
 def failing(culprit_sets, *, smallest=1):
@@ -85,3 +86,68 @@ def test_take_keeps_structure_and_what_is_no_sample():
     assert sub.x["name"] == "x"
     assert sub.y[0].tolist() == [[4, 5], [0, 1]]
     assert sub.y[1].item() == 5
+
+
+@given(st.sets(st.integers(0, 63), min_size=1))
+def test_a_suggestion_that_is_right_costs_one_run_for_each_sample(culprits):
+    fails, runs = failing([{culprit} for culprit in culprits])
+    search = SampleSearch(64, fails)
+    assert search.run(sorted(culprits)) == tuple(sorted(culprits))
+    assert search.complete
+    assert len(runs) <= len(culprits) + 1
+
+
+@given(st.sets(st.integers(0, 63), min_size=1, max_size=4), st.sets(st.integers(0, 63), max_size=4))
+def test_a_suggestion_that_is_wrong_does_no_harm(culprits, guess):
+    fails, _ = failing([{culprit} for culprit in culprits])
+    search = SampleSearch(64, fails)
+    assert search.run(sorted(guess)) == tuple(sorted(culprits))
+
+
+@pytest.mark.parametrize("size", [2, 7, 64])
+def test_where_every_sample_fails(size):
+    fails, runs = failing([{position} for position in range(size)])
+    assert SampleSearch(size, fails).run() == tuple(range(size))
+    assert len(runs) <= 2 * math.ceil(math.log2(size)) + size
+
+
+@pytest.mark.parametrize("size", [2, 7, 16])
+def test_where_any_two_fail_together(size):
+    pairs = [{one, other} for one in range(size) for other in range(one)]
+    fails, _ = failing(pairs)
+    assert SampleSearch(size, fails, 500).run() == tuple(range(size))
+
+
+def test_a_search_that_ends_early_says_so():
+    fails, runs = failing([set(range(40))])
+    search = SampleSearch(64, fails, 10)
+    assert set(range(40)) <= set(search.run())
+    assert not search.complete
+    assert search.runs == len(runs) == 10
+
+
+def test_lists_with_an_entry_for_each_sample():
+    ragged = {"words": [torch.arange(n) for n in (3, 1, 2)], "names": ["a", "b", "c"], "y": torch.arange(3)}
+    assert batch_size(ragged) == 3
+    sub = take(ragged, [2, 0])
+    assert [words.tolist() for words in sub["words"]] == [[0, 1], [0, 1, 2]]
+    assert (sub["names"], sub["y"].tolist()) == (["c", "a"], [2, 0])
+    uncollated = [{"x": torch.ones(4), "y": torch.tensor(float(n))} for n in range(5)]
+    assert batch_size(uncollated) == 5
+    assert [sample["y"].item() for sample in take(uncollated, [4, 1])] == [4, 1]
+
+
+def test_the_batch_may_be_the_second_dimension():
+    batch = {"frames": torch.arange(12).view(3, 4), "y": torch.arange(4)}
+    assert batch_size(batch, 4) == 4
+    assert take(batch, [1], 4)["frames"].tolist() == [[1], [5], [9]]
+
+
+def test_two_views_are_no_two_samples():
+    views = [torch.zeros(8, 3), torch.zeros(8, 5)]
+    assert batch_size(views) == 8
+    assert [view.shape[0] for view in take(views, [1, 2])] == [2, 2]
+
+
+def test_samples_that_are_replaced_keep_their_places():
+    assert replaced(torch.arange(5), [1, 3], 0, 5).tolist() == [0, 1, 0, 3, 0]

@@ -129,9 +129,12 @@ def test_the_step_never_was(tmp_path: Path, rank: int, kind: str) -> None:
         (incident,) = report["incidents"]
         assert (incident["step"], incident["batch_idx"], incident["action"]) == (1, 1, "skipped")
         assert_finite(report["state"])
-    if kind == "nan":  # the loss tells whose batch it was
-        assert [report["incidents"][0]["rank"] for report in guarded] == [rank, rank]
-        assert guarded[rank]["incidents"][0]["origin"]["tensor"] == "batch[0]"
+    assert [report["incidents"][0]["rank"] for report in guarded] == [rank, rank]
+    mine, other = guarded[rank]["incidents"][0], guarded[1 - rank]["incidents"][0]
+    assert (mine["verdict"], other["verdict"]) == ("reproduced", "not_replayed")
+    assert (mine["origin"]["phase"], mine["samples"]) == ("forward" if kind == "nan" else "backward", [1])
+    if kind == "nan":
+        assert mine["origin"]["tensor"] == "batch[0]"
         assert guarded[rank]["incidents"][0]["capture"].endswith(f"rank{rank}")
         assert guarded[1 - rank]["incidents"][0]["capture"] is None
 

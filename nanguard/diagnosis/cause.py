@@ -1,114 +1,164 @@
-"""From an origin to a cause and a piece of advice. The advice is a table, so that adding to it is no programming."""
+"""From an origin to a cause: by the operation, and by what it was given where it failed."""
 
 from __future__ import annotations
 
-from nanguard.diagnosis.trace import Finding
-from nanguard.incident import Cause, Origin, TensorStats
+import torch
+from torch import Tensor
 
-__all__ = ["advice", "cause_of"]
+from nanguard.diagnosis.records import Evidence
+from nanguard.diagnosis.walk import Finding
+from nanguard.incident import Cause, TensorStats
 
-_LOGS = {"aten.log", "aten.log2", "aten.log10", "aten.log1p", "aten.xlogy"}
-_DIVISIONS = {"aten.div", "aten.reciprocal", "aten.true_divide", "aten.remainder", "aten.fmod"}
-_SOFTMAXES = {"aten._softmax", "aten._log_softmax", "aten.softmax", "aten.log_softmax", "aten._safe_softmax"}
-_REDUCTIONS = {"aten.mean", "aten.std", "aten.var", "aten.std_mean", "aten.var_mean", "aten.nll_loss_forward"}
-_DOMAINS = {
-    *("aten.sqrt", "aten.rsqrt", "aten.acos", "aten.asin", "aten.acosh", "aten.atanh", "aten.pow", "aten.lgamma"),
-    *("aten.digamma", "aten.erfinv", "aten.logit", "aten.log", "aten.log2", "aten.log10", "aten.log1p"),
-    *("aten._ctc_loss", "aten.tan"),
-}
+__all__ = ["cause_of", "guilty_operand"]
 
-_ADVICE: dict[Cause, str] = {
-    "bad_input": ("{tensor} holds {counts} before the model sees it. Clean or drop these samples in the dataset."),
-    "parameters": (
-        "{tensor} is non-finite already, so an earlier step did the damage. Load an older checkpoint, and look at the "
-        "learning rate and the gradient norms before this step."
-    ),
-    "log_of_zero": (
-        "The logarithm was given an exact 0. Compute it from the logits: F.log_softmax, F.logsigmoid, "
-        "F.cross_entropy or torch.logsumexp."
-    ),
-    "division_by_zero": (
-        "The divisor is an exact 0. Bound it away from 0 before the division, or subtract logarithms instead."
-    ),
-    "overflow": (
-        "Finite inputs (up to {largest}) gave a result past the largest {dtype}. Normalise the inputs or lower the "
-        "learning rate; exp needs its maximum subtracted first (torch.logsumexp, F.softmax)."
-    ),
-    "invalid_domain": "The input lies outside the domain of {op}. Clamp it to the domain, or reparameterise.",
-    "singular_gradient": (
-        "{op} has an infinite derivative where its input is 0. Add the epsilon inside the function, not after it."
-    ),
-    "masked_branch": (
-        "torch.where chose the other branch, but the gradient of {op} in the branch that was not chosen is 0 * inf. "
-        "Make the input of {op} safe with another torch.where before it."
-    ),
-    "fully_masked": (
-        "Every entry of a row is masked: softmax of only -inf. Leave out such rows, or one entry of them unmasked."
-    ),
-    "empty_reduction": (
-        "The mean of nothing is NaN. Check for an empty selection first (all targets ignored, no positives)."
-    ),
-    "transient": (
-        "A second run of the same step came out finite. Suspect the hardware, or code with random numbers of its own."
-    ),
-    "unknown": "",
-}
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(f"aten.{name}" for name in text.split())
+
+
+_LOGS = _names("log log2 log10 special_xlog1py")
+_DIVISIONS = _names("div true_divide reciprocal remainder fmod floor_divide")
+_SOFTMAXES = _names("_softmax _log_softmax _safe_softmax softmax log_softmax")
+_LOSSES = _names("mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy soft_margin_loss multi_margin_loss")
+_AVERAGES = _names("mean nanmean median nanmedian var std var_mean std_mean logsumexp") | _LOSSES
+_SPREADS = _names("var std var_mean std_mean")
+_WEIGHTED = _names("nll_loss_forward nll_loss2d_forward")
+_NORMALISATIONS = _names(
+    "native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit _fused_rms_norm "
+    "_weight_norm_interface _weight_norm"
+)
+# Functions that are defined on a part of the line only, or have poles.
+_DOMAINS = _names(
+    "sqrt rsqrt acos asin acosh atanh erfinv logit log1p lgamma digamma polygamma special_zeta tan _ctc_loss igamma igammac "
+    "mvlgamma special_erfcx special_log_ndtr linalg_cholesky_ex linalg_inv_ex _linalg_solve_ex linalg_lu_solve"
+)
+_DETERMINANTS = _names("_linalg_slogdet linalg_slogdet logdet slogdet")
+_GROWING = _names("lgamma tan")  # also overflow, where their argument is no pole
 
 
 def cause_of(finding: Finding) -> Cause:
-    """The kind of failure, judged by the operation and by what it was given."""
-    origin = finding.origin
-    op = origin.op or ""
-    stats = origin.operands
-    if origin.phase == "backward":
-        return _backward_cause(finding)
-    if op in _LOGS and _any(stats, lambda s: s.zeros > 0):
-        return "log_of_zero"
-    if op in _DIVISIONS and _any(stats[-1:], lambda s: s.zeros > 0):
-        return "division_by_zero"
-    if op in _SOFTMAXES and _any(stats, lambda s: s.neginf > 0):
+    """The kind of failure."""
+    if finding.reached:
+        return _reached(finding)
+    evidence = finding.evidence
+    if evidence is None:
+        return "fully_masked" if finding.row else "unknown"
+    if finding.origin.phase != "backward" or finding.custom:
+        return _forward(finding.kernel, evidence, finding.origin.operands)
+    return _backward(finding, evidence)
+
+
+def guilty_operand(finding: Finding, cause: Cause) -> int | None:
+    """The position of the input whose value is to blame, where there is one."""
+    if finding.evidence is None or finding.origin.phase != "forward":
+        return None
+    if cause == "division_by_zero" and finding.kernel in ("aten.div", "aten.remainder", "aten.fmod"):
+        return 1
+    if cause in ("log_of_zero", "invalid_domain", "division_by_zero", "overflow") and len(finding.evidence.guilty) == 1:
+        return 0
+    return None
+
+
+def _reached(finding: Finding) -> Cause:
+    """An infinity that was meant has reached the loss."""
+    if finding.row:
         return "fully_masked"
-    if op in _REDUCTIONS and _is_empty(origin):
+    return "log_of_zero" if finding.kernel in _WEIGHTED else "unknown"
+
+
+def _forward(kernel: str, evidence: Evidence, stats: tuple[TensorStats, ...]) -> Cause:
+    guilty = evidence.guilty
+    if evidence.row:
+        return "fully_masked"
+    if kernel in _AVERAGES | _WEIGHTED and _of_nothing(kernel, stats):
         return "empty_reduction"
-    if op in _DOMAINS and (op != "aten.pow" or _any(stats, lambda s: s.min is not None and s.min <= 0)):
-        return "invalid_domain"
-    if _any(stats, lambda s: s.posinf + s.neginf > 0):  # infinities that were meant, and then met 0 or each other
-        return "invalid_domain"
+    if kernel in _LOGS:
+        return "log_of_zero" if _any(guilty[:1], lambda v: v == 0) else "invalid_domain"
+    if kernel in ("aten.xlogy", "aten.special_xlogy"):
+        return "log_of_zero" if _any(guilty[1:], lambda v: v == 0) else "invalid_domain"
+    if kernel in _DIVISIONS:
+        return _division(kernel, evidence, stats)
+    if kernel == "aten.pow":
+        return _power(evidence)
+    if kernel == "aten.addcdiv":
+        return "division_by_zero" if _any(guilty[2:3], lambda v: v == 0) else "overflow"
+    if kernel in _DETERMINANTS:
+        return "log_of_zero"
+    if kernel in _NORMALISATIONS:
+        return "overflow" if stats and _large(stats[0]) else "division_by_zero"
+    if kernel in _SOFTMAXES | {"aten.logsumexp"}:
+        return "invalid_domain" if _infinite(stats) else "overflow"
+    if kernel in _DOMAINS:
+        poles = kernel not in _GROWING or _any(guilty[:1], lambda v: (v <= 0) & (v == v.round()))
+        return "invalid_domain" if poles else "overflow"
+    if _any(guilty, torch.isnan):
+        return "unknown"  # a NaN that stands in the source
+    # Infinities that were meant, and then met 0 or each other; without a NaN nothing has met.
+    if evidence.meant or _any(guilty, torch.isinf):
+        return "invalid_domain" if evidence.nan else "unknown"
     return "overflow"
 
 
-def _backward_cause(finding: Finding) -> Cause:
-    if finding.zero_gradient:
+def _division(kernel: str, evidence: Evidence, stats: tuple[TensorStats, ...]) -> Cause:
+    divisor = evidence.guilty[:1] if kernel == "aten.reciprocal" else evidence.guilty[1:]
+    if not _any(divisor, lambda v: v == 0):
+        return "invalid_domain" if evidence.meant and evidence.nan else "overflow"
+    return "division_by_zero"
+
+
+def _power(evidence: Evidence) -> Cause:
+    if len(evidence.guilty) < 2:
+        return "overflow"
+    base, exponent = evidence.guilty[:2]
+    if _any((base,), lambda v: v == 0) and _any((exponent,), lambda v: v < 0):
+        return "division_by_zero"
+    return "invalid_domain" if evidence.nan else "overflow"
+
+
+def _backward(finding: Finding, evidence: Evidence) -> Cause:
+    if evidence.zero and (evidence.masked or evidence.meant):
         return "masked_branch"
-    if _any(finding.origin.operands, lambda s: s.zeros > 0):
+    forward = finding.forward
+    if forward is not None:  # its value was non-finite already, and did not show in the loss
+        return _forward(finding.origin.op or "", forward, forward.stats)
+    if (finding.origin.op or "") in ("aten.logsumexp", *_SOFTMAXES) and (evidence.meant or _infinite(evidence.stats)):
+        return "fully_masked"
+    if finding.origin.op == "aten._ctc_loss":
+        return "invalid_domain"
+    if evidence.zero or evidence.nan or _singular(finding, evidence):
         return "singular_gradient"
     return "overflow"
 
 
-def _any(stats: tuple[TensorStats, ...], test: object) -> bool:
-    return any(test(entry) for entry in stats)  # type: ignore[operator]
+def _singular(finding: Finding, evidence: Evidence) -> bool:
+    """Whether the derivative has a pole there, so that it is no matter of size."""
+    kernel, guilty = finding.kernel, evidence.guilty
+    if kernel in ("aten.mul", "aten.add", "aten.sum", "aten.mm", "aten.bmm", "aten.addmm"):
+        return False
+    if kernel in ("aten.div", "aten.reciprocal", "aten.rsqrt", "aten.pow"):
+        return any(bool((values == 0).any()) for values in guilty)
+    return any(entry.zeros > 0 for entry in evidence.stats)
 
 
-def _is_empty(origin: Origin) -> bool:
-    def few(entry: TensorStats) -> bool:
-        return 0 in entry.shape or entry.shape in ((), (1,))
+def _of_nothing(kernel: str, stats: tuple[TensorStats, ...]) -> bool:
+    """Whether a mean had no elements, or a variance one fewer than it needs."""
+    if kernel in _WEIGHTED:
+        return not _infinite(stats[:1])
+    if not stats:
+        return False
+    if 0 in stats[0].shape:
+        return True
+    return kernel in _SPREADS and not _large(stats[0])
 
-    return origin.op == "aten.nll_loss_forward" or _any(origin.operands[:1], few)
+
+def _large(entry: TensorStats) -> bool:
+    """Whether squares of the values overflow."""
+    return entry.min is not None and entry.max is not None and max(abs(entry.min), abs(entry.max)) > 1e18
 
 
-def advice(cause: Cause, origin: Origin | None) -> str:
-    """One or two plain sentences: what to do."""
-    stats = origin.operands if origin else ()
-    counts = "non-finite values"
-    if origin and origin.tensor and stats:
-        nan, infinite = sum(s.nan for s in stats), sum(s.posinf + s.neginf for s in stats)
-        kinds = ((nan, "NaN"), (infinite, "infinite value" if infinite == 1 else "infinite values"))
-        counts = " and ".join(f"{number} {kind}" for number, kind in kinds if number) or counts
-    extremes = [max(abs(s.min), abs(s.max)) for s in stats if s.min is not None and s.max is not None]
-    return _ADVICE[cause].format(
-        tensor=(origin.tensor if origin else None) or "A value",
-        counts=counts,
-        largest=f"{max(extremes, default=float('nan')):.3g}",
-        dtype=stats[0].dtype if stats else "float",
-        op=((origin.op if origin else None) or "the operation").removeprefix("aten."),
-    )
+def _infinite(stats: tuple[TensorStats, ...]) -> bool:
+    return any(entry.posinf + entry.neginf > 0 for entry in stats)
+
+
+def _any(values: tuple[Tensor, ...], test: object) -> bool:
+    return any(bool(test(entry).any()) for entry in values)  # type: ignore[operator]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from nanguard.diagnosis.naming import clean_name
+from nanguard.diagnosis.records import storage_of
+from nanguard.diagnosis.statistics import is_finite, plain
 from nanguard.trees import named_tensors
 
-__all__ = ["leaf_path", "named_leaves"]
+__all__ = ["leaf_path", "meant_leaves", "named_leaves"]
 
 
 def named_leaves(args: Sequence[Any]) -> list[tuple[str, Tensor]]:
@@ -18,14 +22,33 @@ def named_leaves(args: Sequence[Any]) -> list[tuple[str, Tensor]]:
     return [pair for root, argument in zip(roots, args, strict=False) for pair in named_tensors(argument, root)]
 
 
-def leaf_path(tensor: Tensor, inputs: list[tuple[str, Tensor]], module: nn.Module) -> str | None:
-    """The name of a tensor (or of what it is a view of) among the inputs, parameters and buffers of a step."""
-    outside = [*inputs, *module.named_parameters(), *module.named_buffers()]
-    return next((name for name, candidate in outside if candidate is tensor or _same_storage(candidate, tensor)), None)
+def meant_leaves(args: Sequence[Any]) -> frozenset[str]:
+    """Paths of the tensors in a healthy call that hold infinities: there they are meant."""
+    return frozenset(
+        path for path, tensor in named_leaves(args) if not is_finite(tensor) and not bool(torch.isnan(tensor).any())
+    )
 
 
-def _same_storage(one: Tensor, other: Tensor) -> bool:
-    try:
-        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError, ValueError):  # sparse, lazy and wrapped tensors have none
-        return False
+def leaf_path(
+    tensors: Sequence[Tensor], inputs: list[tuple[str, Tensor]], module: nn.Module
+) -> tuple[str, Tensor] | None:
+    """The first parameter, buffer, attribute or input of a step that one of these tensors is (a view of), with its name."""
+    weights = [*module.named_parameters(), *module.named_buffers(), *_attributes(module)]
+    outside = [*((clean_name(name), entry) for name, entry in weights), *inputs]
+    storages = {storage_of(tensor) for tensor in tensors}
+    found = [(name, entry) for name, entry in outside if storage_of(entry) in storages]
+    # Several leaves may share memory, as columns of one table: the one at fault is the one that is not finite.
+    bad = [(name, entry) for name, entry in found if plain(entry) and not is_finite(entry)]
+    name, _ = next(iter(bad or found), ("", None))
+    if not name:
+        return None
+    storage = storage_of(dict(found)[name])
+    return name, next(tensor for tensor in tensors if storage_of(tensor) == storage)
+
+
+def _attributes(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that modules hold as plain attributes."""
+    for prefix, module in root.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield f"{prefix}.{name}" if prefix else name, value

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from nanguard.diagnosis.trace import Trace
+from nanguard.diagnosis.recording import Trace
 from nanguard.sentinel import all_finite, finite_flags
 from nanguard.transaction import Savepoint, Transaction
 
-__all__ = ["MicroBatch", "Outcome", "Rerun"]
+__all__ = ["MicroBatch", "Outcome", "Rerun", "apart"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,11 @@ class Outcome:
         """Whether something was non-finite; `None` where the step could not be run."""
         return None if self.error is not None else bool(self.bad)
 
+    @property
+    def blamed(self) -> tuple[Tensor, ...]:
+        """Where to walk back from: the loss, and only where that is finite what came after it."""
+        return self.bad if self.loss_finite else self.bad[:1]
+
 
 @dataclass(frozen=True, eq=False)
 class Rerun:
@@ -62,45 +68,118 @@ class Rerun:
         transaction: makes the savepoints that put everything back.
         step: called with the arguments of the training step; returns the loss, or `None`.
         surroundings: what the step runs in (autocast, stabiliser, no logging), made anew for each run.
+        optimizers: gives the optimizers that step the module's parameters.
     """
 
     module: nn.Module
     transaction: Transaction
     step: Callable[..., Any]
     surroundings: Callable[[MicroBatch], AbstractContextManager[Any]] = nullcontext
+    optimizers: Callable[[], Sequence[torch.optim.Optimizer]] = tuple
 
-    def __call__(self, micro: MicroBatch, args: Sequence[Any] | None = None, trace: Trace | None = None) -> Outcome:
-        """Runs `micro`, with other arguments if `args` are given, recorded by `trace` if there is one."""
+    def __call__(
+        self,
+        micro: MicroBatch,
+        args: Sequence[Any] | None = None,
+        trace: Trace | None = None,
+        *,
+        backward: bool = True,
+        compiled: bool = False,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Outcome:
+        """Runs `micro` again.
+
+        Args:
+            micro: the call to be made again.
+            args: other arguments.
+            trace: records the run.
+            backward: whether to compute the gradients, too.
+            compiled: whether compiled code runs compiled; otherwise all runs eagerly.
+            within: something more for it to run in, entered last.
+        """
         after = self.transaction.savepoint()
         micro.before.restore()
+        arguments = tuple(micro.args if args is None else args)
         try:
-            return self._run(micro, tuple(micro.args if args is None else args), trace)
+            return self._run(micro, arguments, trace, backward=backward, compiled=compiled, within=within)
         except Exception as error:  # a sub-batch may well be too small for the model
             return Outcome(error=error)
         finally:
             after.restore()
             after.release()
 
-    def _run(self, micro: MicroBatch, args: tuple[Any, ...], trace: Trace | None) -> Outcome:
-        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+    def _run(
+        self,
+        micro: MicroBatch,
+        args: tuple[Any, ...],
+        trace: Trace | None,
+        *,
+        backward: bool,
+        compiled: bool,
+        within: Callable[[], AbstractContextManager[Any]],
+    ) -> Outcome:
+        parameters: list[Tensor] = [p for p in self.module.parameters() if p.requires_grad and not is_lazy(p)]
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if not compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self.surroundings(micro))
+            stack.enter_context(within())
             if trace is not None:
                 stack.enter_context(trace.recording())
             loss = self.step(*args)
             if not isinstance(loss, Tensor):
                 return Outcome(bad=tuple(micro.before.spoiled_statistics()))
-            gradients: tuple[Tensor | None, ...] = ()
-            if loss.requires_grad:
-                gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+            gradients: list[Tensor] = []
+            # Where the loss is not finite it says all there is to say, and costs a third of the whole.
+            if backward and loss.requires_grad and all_finite([loss.detach()]):
+                gradients = self._gradients(loss, parameters)
         loss = loss.detach()
-        present = [gradient for gradient in gradients if gradient is not None]
         spoiled = micro.before.spoiled_statistics()
-        if not spoiled and all_finite([loss, *present]):
+        if not spoiled and all_finite([loss, *gradients]):
             return Outcome(loss)
         loss_finite = all_finite([loss])
-        flags = finite_flags(present)
-        bad = [gradient for gradient, finite in zip(present, flags, strict=True) if not finite]
+        flags = finite_flags(gradients)
+        bad = [gradient for gradient, finite in zip(gradients, flags, strict=True) if not finite]
         return Outcome(loss, (*([] if loss_finite else [loss]), *bad, *spoiled), loss_finite)
+
+    def _gradients(self, loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+        total = loss if loss.ndim == 0 else loss.sum()
+        if not _reentrant(total):
+            found = torch.autograd.grad(total, parameters, allow_unused=True)
+            return [gradient for gradient in found if gradient is not None]
+        with _own_gradients(parameters):
+            total.backward()
+            return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _reentrant(total: Tensor) -> bool:
+    """Whether the graph holds a reentrant checkpoint, which only works with `backward`."""
+    seen, queue = set(), [total.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            return True
+        queue.extend(following for following, _ in node.next_functions)
+    return False
+
+
+@contextmanager
+def _own_gradients(parameters: list[Tensor]) -> Iterator[None]:
+    """Inside the block the parameters have no gradients; afterwards they have those again that they had before."""
+    kept = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+
+
+def apart(run: Callable[[], Any]) -> Any:
+    """Calls a function so that lines outside it are not taken for its own."""
+    return run()

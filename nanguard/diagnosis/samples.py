@@ -1,44 +1,21 @@
-"""Which samples of a batch do it: delta debugging over sub-batches, and the sub-batches themselves."""
+"""Which samples of a batch do it: what the recording suggests, checked, and delta debugging for the rest."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import final
 
-import torch
-from torch import Tensor
+from nanguard.diagnosis.batches import batch_size, take
 
-from nanguard.inputs import copy_tensor
-from nanguard.trees import map_tensors, named_tensors
-
-__all__ = ["batch_size", "failing_samples", "take"]
+__all__ = ["SampleSearch", "batch_size", "failing_samples", "most_runs_for", "take"]
 
 Fails = Callable[[Sequence[int]], "bool | None"]
 
 
-def batch_size(batch: Any) -> int | None:
-    """The length of the leading dimension that the tensors of a batch share, or `None` where they share none."""
-    tensors = [tensor for _, tensor in named_tensors(batch, "")]
-    sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.ndim > 0 and not tensor.is_nested)
-    if not sizes:
-        return None
-    (size, votes), *others = sizes.most_common()
-    return None if others and others[0][1] == votes else size
-
-
-def take(batch: Any, positions: Sequence[int]) -> Any:
-    """The sub-batch of those samples: every tensor with the leading batch dimension is indexed, everything else is
-    kept.
-    """
-    size = batch_size(batch)
-
-    def rows(tensor: Tensor) -> Tensor:
-        if tensor.is_nested or tensor.ndim == 0 or tensor.shape[0] != size:
-            return copy_tensor(tensor)
-        return tensor.index_select(0, torch.tensor(positions, device=tensor.device, dtype=torch.long))
-
-    return map_tensors(rows, batch)
+def most_runs_for(size: int) -> int:
+    """How many sub-batches are tried at most; a single culprit takes two for each halving."""
+    return 4 * math.ceil(math.log2(max(size, 2))) + 2 * size
 
 
 def failing_samples(size: int, fails: Fails, *, most_runs: int = 64) -> tuple[int, ...] | None:
@@ -47,35 +24,110 @@ def failing_samples(size: int, fails: Fails, *, most_runs: int = 64) -> tuple[in
     Args:
         size: number of samples in the batch, which as a whole is known to fail.
         fails: whether a sub-batch fails; `None` where it cannot be run, as BatchNorm cannot on one sample.
-        most_runs: runs after which what is known so far is returned.
+        most_runs: runs after which the search ends.
 
     Returns:
         Positions in ascending order, or `None` where the search ran out of runs before it found one.
     """
-    search = _Search(size, fails, most_runs)
-    found: list[int] = []
-    rest = list(range(size))
-    try:
-        while rest and (found == [] or search.fails(rest)):
-            culprits = search.shrink(rest)
-            found += culprits
-            rest = [position for position in rest if position not in culprits]
-    except _OutOfRuns:
-        pass
-    return tuple(sorted(found)) or None
+    search = SampleSearch(size, fails, most_runs)
+    found = search.run()
+    return found if search.complete or search.found else None
 
 
 class _OutOfRuns(Exception):
     """The search has used up its runs."""
 
 
-class _Search:
-    def __init__(self, size: int, fails: Fails, most_runs: int) -> None:
+@final
+class SampleSearch:
+    """The search in one batch.
+
+    Args:
+        size, fails, most_runs: as for `failing_samples`.
+
+    Attributes:
+        found: the samples of the smallest sets so far.
+        complete: whether the search has come to its end.
+        runs: sub-batches tried.
+    """
+
+    def __init__(self, size: int, fails: Fails, most_runs: int | None = None) -> None:
         self._size = size
         self._test = fails
-        self._left = most_runs
+        self._left = most_runs_for(size) if most_runs is None else most_runs
         self._healthy: list[int] = []
         self._known: dict[tuple[int, ...], bool | None] = {}
+        self._smallest = list(range(size))
+        self.found: list[int] = []
+        self.complete = False
+        self.runs = 0
+
+    def run(self, guess: Sequence[int] = ()) -> tuple[int, ...]:
+        """The samples at fault in ascending order; where the runs were used up, the smallest failing set so far.
+
+        Args:
+            guess: samples that are suspected, each of which may do it by itself.
+        """
+        try:
+            if not self._confirmed(sorted(guess)):
+                self._search()
+            self.complete = True
+        except _OutOfRuns:
+            pass
+        return tuple(sorted(self.found or self._smallest))
+
+    def _confirmed(self, guess: list[int]) -> bool:
+        """Whether each suspect does it alone, and nobody else does."""
+        if not guess:
+            return False
+        rest = [position for position in range(self._size) if position not in guess]
+        if rest and self.fails(rest):
+            return False
+        if all(self.fails([position]) for position in guess):
+            self.found = guess
+            return True
+        return False
+
+    def _search(self) -> None:
+        rest = list(range(self._size))
+        while rest and (self.found == [] or self.fails(rest)):
+            self._below(rest)
+            rest = [position for position in rest if position not in self.found]
+
+    def _below(self, failing: list[int]) -> None:
+        """Finds samples at fault in a failing set: those of each half that fails, or else those that fail together only."""
+        if len(failing) == 1:
+            self._keep(failing)
+            return
+        middle = len(failing) // 2
+        halves = [half for half in (failing[:middle], failing[middle:]) if self.fails(half)]
+        if len(halves) == 2 and self._most_alone(failing):
+            self._keep([position for position in failing if self.fails([position])])
+            return
+        for half in halves:
+            if not set(half) <= set(self.found):
+                self._below(half)
+        if not halves:
+            together = self._shrink(failing)
+            self._keep(together)
+            if len(together) > 1:
+                self._keep(self._in_place_of(together))
+
+    def _most_alone(self, failing: list[int]) -> bool:
+        """Whether most samples do it by themselves, so that asking each of them is the shortest way."""
+        quarter = -(-len(failing) // 4)
+        quarters = [failing[start : start + quarter] for start in range(0, len(failing), quarter)]
+        return all(map(self.fails, quarters)) and any(self.fails([position]) for position in failing[:4])
+
+    def _in_place_of(self, culprits: list[int]) -> list[int]:
+        """Samples that could stand in for one of several that only fail together."""
+        others = [position for position in range(self._size) if position not in self.found]
+        if not others or not self.fails(sorted([*culprits[1:], *others])):
+            return []
+        return [other for other in others if self.fails(sorted([*culprits[1:], other]))]
+
+    def _keep(self, culprits: list[int]) -> None:
+        self.found += [culprit for culprit in culprits if culprit not in self.found]
 
     def fails(self, positions: Sequence[int]) -> bool:
         """Whether a sub-batch fails. One that is too small to run is filled up with samples that are known to be healthy."""
@@ -93,6 +145,7 @@ class _Search:
             if self._left <= 0:
                 raise _OutOfRuns
             self._left -= 1
+            self.runs += 1
             self._known[key] = self._test(key)
             if self._known[key] is False and len(key) > len(self._healthy):
                 self._healthy = list(key)
@@ -103,7 +156,7 @@ class _Search:
             self._run([position for position in range(self._size) if position not in positions])
         return self._healthy
 
-    def shrink(self, failing: list[int]) -> list[int]:
+    def _shrink(self, failing: list[int]) -> list[int]:
         """A minimal failing subset of a failing set."""
         pieces = 2
         while len(failing) > 1:
@@ -112,14 +165,20 @@ class _Search:
             part = next((part for part in parts if self.fails(part)), None)
             if part is not None:
                 failing, pieces = part, 2
+                self._note(failing)
                 continue
             if pieces > 2:
                 without = ([entry for entry in failing if entry not in part] for part in parts)
                 smaller = next((rest for rest in without if self.fails(rest)), None)
                 if smaller is not None:
                     failing, pieces = smaller, max(pieces - 1, 2)
+                    self._note(failing)
                     continue
             if pieces >= len(failing):
                 break
             pieces = min(2 * pieces, len(failing))
         return failing
+
+    def _note(self, failing: list[int]) -> None:
+        if len(failing) < len(self._smallest):
+            self._smallest = failing

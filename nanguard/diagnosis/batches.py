@@ -1,0 +1,114 @@
+"""Batches as sets of samples: how many there are, and parts of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanguard.inputs import copy_tensor
+from nanguard.trees import map_tensors, named_tensors
+
+__all__ = ["batch_size", "replaced", "take"]
+
+
+def batch_size(batch: Any, expected: int | None = None) -> int | None:
+    """How many samples a batch holds, or `None` where there is no telling.
+
+    Args:
+        batch: tensors whose leading dimension is the batch, in any structure, or lists with an entry for each sample.
+        expected: how many samples the loader has put into it, where that is known.
+    """
+    found = _lists(batch, expected)
+    lists: Counter[int] = Counter(map(len, found))
+    tensors = [tensor for _, tensor in named_tensors(batch, "")]
+    shaped = [tensor for tensor in tensors if tensor.ndim > 0 and not tensor.is_nested]
+    sizes = Counter(tensor.shape[0] for tensor in shaped)
+    if expected is not None and (sizes[expected] or lists[expected] or any(expected in t.shape[:2] for t in shaped)):
+        return expected
+    inside = Counter(t.shape[0] for entry in found for _, t in named_tensors(entry, "") if t.ndim)
+    sizes = sizes - inside + lists
+    if not sizes:
+        return None
+    (size, votes), *others = sizes.most_common()
+    return None if others and others[0][1] == votes else size
+
+
+def take(batch: Any, positions: Sequence[int], size: int | None = None) -> Any:
+    """The sub-batch of those samples; what does not belong to single samples is kept.
+
+    Args:
+        batch: as for `batch_size`.
+        positions: of the samples.
+        size: how many samples there are, where it is known.
+    """
+    size = batch_size(batch) if size is None else size
+
+    def rows(tensor: Tensor, dim: int) -> Tensor:
+        return tensor.index_select(dim, torch.tensor(positions, device=tensor.device, dtype=torch.long))
+
+    return _mapped(batch, size, rows, lambda entries: [entries[position] for position in positions])
+
+
+def replaced(batch: Any, kept: Sequence[int], stand_in: int, size: int) -> Any:
+    """The same batch with all samples but those replaced by one of them, so that random draws fall as they did."""
+    sources = [position if position in set(kept) else stand_in for position in range(size)]
+    return take(batch, sources, size)
+
+
+def _mapped(
+    batch: Any, size: int | None, rows: Callable[[Tensor, int], Tensor], entries: Callable[[list[Any]], list[Any]]
+) -> Any:
+    lists = {id(value) for value in _lists(batch, size) if len(value) == size}
+
+    def change(tensor: Tensor) -> Tensor:
+        dim = _dimension(tensor, size)
+        return copy_tensor(tensor) if dim is None else rows(tensor, dim)
+
+    def whole(value: Any) -> Any:
+        if id(value) not in lists:
+            return None
+        return type(value)(map_tensors(copy_tensor, entry) for entry in entries(list(value)))
+
+    return map_tensors(change, batch, whole=whole)
+
+
+def _dimension(tensor: Tensor, size: int | None) -> int | None:
+    if tensor.is_nested or size is None:
+        return None
+    if tensor.ndim and tensor.shape[0] == size:
+        return 0
+    return 1 if tensor.ndim > 1 and tensor.shape[1] == size else None
+
+
+def _lists(value: Any, expected: int | None, depth: int = 0) -> list[Any]:
+    """The lists (and plain tuples) that hold an entry for each sample: tensors of different lengths, texts, records."""
+    if depth > 8 or isinstance(value, (str, bytes, Tensor)):
+        return []
+    if type(value) in (list, tuple):
+        if _of_samples(value, expected):
+            return [value]
+        return [found for child in value for found in _lists(child, expected, depth + 1)]
+    if isinstance(value, dict):
+        return [found for child in value.values() for found in _lists(child, expected, depth + 1)]
+    if hasattr(value, "__dict__") and not callable(value):
+        return [found for child in vars(value).values() for found in _lists(child, expected, depth + 1)]
+    return []
+
+
+def _of_samples(values: Any, expected: int | None) -> bool:
+    if not values or len({type(value) for value in values}) != 1:
+        return False
+    if isinstance(values[0], Tensor):
+        lengths = {tensor.shape[0] if tensor.ndim else 0 for tensor in values}
+        if expected is not None:
+            return len(values) == expected and lengths != {expected}
+        return len(lengths) > 1 and len(values) > 2 and len({tensor.ndim for tensor in values}) == 1
+    if isinstance(values[0], dict):  # samples that nobody has collated, rather than two batches
+        return len(values) > 1 and len({tuple(value) for value in values}) == 1
+    if type(values[0]) in (list, tuple):
+        return len(values) > 1 and len({len(value) for value in values}) == 1 and len(values[0]) != len(values)
+    return isinstance(values[0], (str, int, float, bytes))

@@ -1,0 +1,91 @@
+"""What would have been: the same step with more precision, with another batch, with the stabiliser, or just once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nanguard.diagnosis.rerun import MicroBatch, Rerun
+from nanguard.incident import Swap
+from nanguard.inputs import copy_of
+from nanguard.trees import map_tensors
+
+__all__ = ["fails_again", "fails_in_double", "fails_with", "saving_swaps"]
+
+
+def fails_again(micro: MicroBatch, rerun: Rerun) -> bool:
+    """Whether a plain second run, unrecorded and with compiled code compiled, fails."""
+    return bool(rerun(micro, copy_of(micro.args), compiled=True).fails)
+
+
+def fails_with(healthy: MicroBatch, micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -> bool:
+    """Whether a batch that was well an earlier time fails with the present weights."""
+    return bool(rerun(micro, copy_of(healthy.args), backward=backward).fails)
+
+
+def fails_in_double(micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -> bool | None:
+    """Whether the same step fails in float64, too; `None` where it cannot be run in float64."""
+    doubled = replace(rerun, step=_in_double(rerun.module, rerun.step))
+    args = map_tensors(_double, copy_of(micro.args))
+    return doubled(micro, args, backward=backward, within=_double_precision).fails
+
+
+def saving_swaps(micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -> list[Swap]:
+    """The stable forms with which the step would have been finite; none where it would not."""
+    from nanguard.stabilizer import stabilize
+
+    swaps: list[Swap] = []
+    outcome = rerun(
+        replace(micro, stabilized=False),
+        copy_of(micro.args),
+        backward=backward,
+        within=lambda: stabilize(swaps=swaps, advice=[]),
+    )
+    return swaps if outcome.fails is False else []
+
+
+class _Holder(nn.Module):
+    """A module whose forward pass is a step of another."""
+
+    def __init__(self, module: nn.Module, step: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.step = step
+
+    def forward(self, *args: Any) -> Any:
+        """The step."""
+        return self.step(*args)
+
+
+def _in_double(module: nn.Module, step: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        holder = _Holder(module, step)
+        named = {**dict(holder.named_parameters()), **dict(holder.named_buffers())}
+        return functional_call(holder, {name: _double(tensor) for name, tensor in named.items()}, args)
+
+    return run
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor.clone()
+
+
+@contextmanager
+def _double_precision() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    devices = [device for device in ("cuda", "cpu") if torch.is_autocast_enabled(device)]
+    try:
+        if not devices:
+            yield
+            return
+        with torch.autocast(devices[0], enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)

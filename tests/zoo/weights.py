@@ -1,0 +1,174 @@
+"""Weights and buffers that are at fault, and steps of an optimizer that spoil them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zoo.base import Small, Whole, bug, changed
+
+ANY = {"samples": None, "count": None, "bad": ()}
+NAN = float("nan")
+
+
+@bug("aten.addmm", "parameters", module="body", tensor="body.weight", batch_idx=0, **ANY)
+class NanFromTheStart(Small):
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.body.weight[1, 2] = NAN
+
+    def loss(self, h, y, s):
+        return F.cross_entropy(h, y)
+
+    def training_step(self, batch, batch_idx):
+        x, y, s = batch
+        return self.loss(self.body(x), y, s)  # <- here
+
+
+class Spoiled(Small):
+    """Something outside the step spoils a weight after the first batch."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx == 0:
+            with torch.no_grad():
+                self.spoil()
+
+
+@bug("aten.addmm", "parameters", module="head", tensor="head.bias", **ANY)
+class BiasIsInfinite(Spoiled):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+    def loss(self, h, y, s):
+        return self.head(h).square().mean()  # <- here
+
+    def spoil(self):
+        self.head.bias[0] = float("inf")
+
+
+@bug("aten.mul", "parameters", tensor="scale", **ANY)
+class InfiniteBuffer(Spoiled):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(4))
+
+    def loss(self, h, y, s):
+        return (h * self.scale).square().mean()  # <- here
+
+    def spoil(self):
+        self.scale[3] = float("inf")
+
+
+@bug("aten.native_batch_norm", "parameters", module="norm", tensor="norm.running_var", **ANY)
+class FrozenStatistics(Spoiled):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def loss(self, h, y, s):
+        self.norm.eval()
+        return self.norm(h).square().mean()  # <- here
+
+    def spoil(self):
+        self.norm.running_var[0] = NAN
+
+
+def _tokens():
+    return changed(lambda x, s: torch.tensor([7 if float(s) == 0 else 1, 2, 3]))
+
+
+@bug("aten.embedding", "parameters", module="embed", tensor="embed.weight", data=_tokens)
+class OneEmbeddingIsNan(Whole):
+    """Only who uses the word fails: a batch that does not is well."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        with torch.no_grad():
+            self.embed.weight[7] = NAN
+
+    def loss_of(self, batch):
+        return self.body(self.embed(batch).mean(1)).square().mean()  # <- here
+
+
+@bug("aten.addmm", "parameters", module="body", tensor="body.weight", **ANY)
+class LearningRateTooLarge(Small):
+    """The first step takes the weights past the largest float."""
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        return 1e10 * F.cross_entropy(self.body(x), y)  # <- here
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e38)
+
+
+@bug("aten.addcdiv", "division_by_zero", phase="optimizer", module="unused", tensor="unused.weight", **ANY)
+class AdamWithoutEpsilon(Small):
+    """A gradient of 0 and no epsilon: 0 / 0 in the update."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+
+    def loss(self, h, y, s):
+        return F.cross_entropy(h + 0 * self.unused(h), y)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01, eps=0.0)
+
+
+@bug("aten.native_layer_norm", "parameters", module="norm", tensor="norm.weight", **ANY)
+class LayerNormWeight(Spoiled):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+
+    def loss(self, h, y, s):
+        return self.norm(h).square().mean()  # <- here
+
+    def spoil(self):
+        self.norm.weight[0] = NAN
+
+
+@bug("aten.mm", "parameters", tensor="projection", **ANY)
+class BareParameter(Spoiled):
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Parameter(torch.eye(4))
+
+    def loss(self, h, y, s):
+        return (h @ self.projection).square().mean()  # <- here
+
+    def spoil(self):
+        self.projection[0, 0] = NAN
+
+
+@bug("aten.sqrt", "singular_gradient", phase="backward", **ANY)
+class DeadWeights(Spoiled):
+    """The weights have become 0, so every distance is."""
+
+    def loss(self, h, y, s):
+        return h.square().sum(1).sqrt().mean()  # <- here
+
+    def spoil(self):
+        self.body.weight.zero_()
+        self.body.bias.zero_()
+
+
+@bug("aten.mul", "parameters", tensor="factor", **ANY)
+class PlainAttribute(Spoiled):
+    """A tensor that is neither parameter nor buffer, but state of the module all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.ones(4)
+
+    def loss(self, h, y, s):
+        return (h * self.factor).square().mean()  # <- here
+
+    def spoil(self):
+        self.factor[0] = NAN
