@@ -26,7 +26,9 @@ from nanguard.budget import SkipBudget
 from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnose, suspects
 from nanguard.incident import Action, Advice, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
+from nanguard.lead_up import LeadUp
 from nanguard.moving import MovingParameters, ParameterSnapshot
+from nanguard.observer import Observer
 from nanguard.peers import Peers
 from nanguard.policy import Policy
 from nanguard.rng import RngState
@@ -34,7 +36,7 @@ from nanguard.sentinel import norms
 from nanguard.telling import tell_advice, tell_incident, tell_swap
 from nanguard.transaction import OptimizerSnapshot, Transaction
 from nanguard.watch import UnstableOpsWatch
-from nanguard.window import Attempt, Moment, alarm, figures, first_suspect, gradients_of
+from nanguard.window import Attempt, Moment, figures, first_suspect, gradients_of
 
 __all__ = ["Guard", "Moment", "Ruling"]
 
@@ -97,6 +99,7 @@ class Guard:
         self._told = len(self.swaps)
         self._advised = len(self.advice)
         self._inputs = InputKeeper()
+        self._observer = Observer()
         self._window: list[Attempt] = []
         self._moved: OptimizerSnapshot | None = None
         self._left: ParameterSnapshot | None = None
@@ -137,6 +140,8 @@ class Guard:
         """
         if self.dropping:  # the rest of a window that is left out
             return
+        if not self._window:
+            self._observer.begin(moment.step)
         stabilized = self._stabilize is not None and self._watch.needed
         kept = self._inputs.keep(args)
         micro = MicroBatch(moment.batch_idx, kept, self._transaction.savepoint(), indices, stabilized)
@@ -173,12 +178,13 @@ class Guard:
 
     # -- the decision
 
-    def judge(self, parameters: Iterable[Tensor], *, scaler: Any = None) -> Ruling:
+    def judge(self, parameters: Iterable[Tensor], *, scaler: Any = None, optimizer: Any = None) -> Ruling:
         """Whether the optimizer may use these gradients.
 
         Args:
             parameters: those that the optimizer is about to step.
             scaler: the GradScaler that will skip non-finite gradients by itself, if there is one.
+            optimizer: the optimizer itself, where it is known; its learning rates are followed.
         """
         if not self._window:
             return _PROCEED
@@ -188,7 +194,8 @@ class Guard:
         parameters = list(parameters)
         gradients = gradients_of(parameters)
         found = None
-        if alarm(self._window, gradients, self._window[-1].micro.before.statistics):
+        statistics = self._window[-1].micro.before.statistics
+        if self._observer.suspicious(self._window, gradients, statistics, parameters, optimizer, scaler):
             found = first_suspect(self._window, gradients)
         if scaler is not None and (found is None or found[1] == "gradients"):
             found = self._judge_scaler(scaler, found)
@@ -198,7 +205,8 @@ class Guard:
         if not bad:
             return _PROCEED
         attempt, trigger = found or (self._window[-1], "gradients")
-        return self._rule(attempt, trigger, parameters, self._elsewhere(found))
+        lead_up = self._observer.lead_up(parameters, optimizer)
+        return self._rule(attempt, trigger, parameters, self._elsewhere(found), lead_up)
 
     def _elsewhere(self, found: tuple[Attempt, Trigger] | None) -> int | None:
         if self._peers is None:
@@ -214,9 +222,17 @@ class Guard:
         limits = self.policy.scaler
         if self._scaler_streak >= limits.max_consecutive_skips or float(scaler.get_scale()) < limits.min_scale:
             return found[0], "scaler"
+        self._observer.left_out()
         return None
 
-    def _rule(self, attempt: Attempt, trigger: Trigger, parameters: list[Tensor], elsewhere: int | None) -> Ruling:
+    def _rule(
+        self,
+        attempt: Attempt,
+        trigger: Trigger,
+        parameters: list[Tensor],
+        elsewhere: int | None,
+        lead_up: LeadUp,
+    ) -> Ruling:
         found = self._diagnose(attempt, trigger, elsewhere)
         moment = attempt.moment
         action = self.policy.action(trigger=trigger, cause=found.cause, step=moment.step)
@@ -243,6 +259,7 @@ class Guard:
             advice=found.advice,
             action=_DONE[action],
             detail="; ".join(filter(None, details)),
+            lead_up=lead_up,
         )
         if elsewhere is None:
             incident = self._store(incident, attempt)
@@ -315,6 +332,7 @@ class Guard:
         if not self.dropping and self._window:
             self._budget.healthy_step()
             self._healthy = self._window[-1].micro if self._rerun is not None else None
+        self._observer.end(skipped=self.dropping)
         for attempt in self._window:
             attempt.undo.release()
             attempt.micro.before.release()

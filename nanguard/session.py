@@ -158,7 +158,7 @@ class Session:
 
     def _stepped_past_lightning(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Before a step in manual optimization that evades Lightning's hooks, as `opt.optimizer.step()` does."""
-        if not self._inside and not self._decide(_parameters(optimizer)):
+        if not self._inside and not self._decide(_parameters(optimizer), optimizer):
             optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing
 
     def _processing(self, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -218,12 +218,13 @@ class Session:
     def judge(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the optimizer uses the gradients."""
         self._judged = True
-        if not self._decide(_parameters(optimizer)):
+        if not self._decide(_parameters(optimizer), optimizer):
             raise SkipStep
 
-    def _decide(self, parameters: list[Tensor]) -> bool:
+    def _decide(self, parameters: list[Tensor], optimizer: Any = None) -> bool:
         """Whether the gradients of these parameters may be used."""
-        ruling = self.guard.judge(parameters, scaler=getattr(self._trainer.precision_plugin, "scaler", None))
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        ruling = self.guard.judge(parameters, scaler=scaler, optimizer=optimizer)
         if ruling.action == "raise" and ruling.incident is not None:
             raise NonFiniteError(ruling.incident)
         self._trainer.should_stop |= ruling.action == "stop"

@@ -6,16 +6,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from nanguard.diagnosis import MicroBatch
 from nanguard.incident import Trigger
 from nanguard.rng import RngState
-from nanguard.sentinel import all_finite, nonfinite_names, norms, small_total
+from nanguard.sentinel import all_finite, nonfinite_names
 from nanguard.transaction import Savepoint
 
-__all__ = ["Attempt", "Moment", "alarm", "figures", "first_suspect", "gradients_of"]
+__all__ = ["Attempt", "Moment", "figures", "first_suspect", "gradients_of"]
 
 
 @dataclass(frozen=True)
@@ -47,30 +46,6 @@ class Attempt:
     rewind: RngState | None = None
     loss: Tensor | None = None
     norms: Tensor | None = None
-
-
-def alarm(window: Sequence[Attempt], gradients: list[Tensor], statistics: list[Tensor]) -> bool:
-    """Whether anything may be non-finite: one fused check, one synchronisation. A norm that overflows is a false alarm.
-
-    Args:
-        window: the micro-batches in order.
-        gradients: what the optimizer is about to use.
-        statistics: running statistics, which a forward pass may spoil although its loss is finite.
-    """
-    tensors = [*_loss(window[-1]), *gradients, *statistics]
-    if len(window) == 1:
-        total = small_total(tensors)
-        if total is not None:
-            return not math.isfinite(total)
-    rows = [norms(tensors)]
-    for attempt in window[:-1]:
-        rows += [norms(_loss(attempt)), attempt.norms]
-    present = [row for row in rows if row is not None]
-    if not present:
-        return False
-    if len(present) > 1:
-        present = [torch.cat([row.to(present[0].device, torch.float64) for row in present])]
-    return not math.isfinite(sum(present[0].tolist()))  # the synchronisation
 
 
 def first_suspect(window: Sequence[Attempt], gradients: list[Tensor]) -> tuple[Attempt, Trigger] | None:

@@ -17,6 +17,7 @@ PACKAGE = Path(nanguard.__file__).parent
 ROOMS = [
     *(
         "errors",
+        "lead_up",
         "incident",
         "telling",
         "policy_errors",
@@ -27,6 +28,9 @@ ROOMS = [
         "values",
         "trees",
         "sentinel",
+        "reading",
+        "history",
+        "observer",
         "moving",
     ),
     *(
@@ -45,7 +49,18 @@ ROOMS = [
     ),
     *("guard", "report", "trainer_state", "session", "lightning", "environment", "pytest_plugin", "cli", "__main__"),
 ]
-LIGHT = ["errors", "incident", "telling", "policy", "policy_errors", "algebra", "cli", "pytest_plugin", "environment"]
+LIGHT = [
+    "errors",
+    "lead_up",
+    "incident",
+    "telling",
+    "policy",
+    "policy_errors",
+    "algebra",
+    "cli",
+    "pytest_plugin",
+    "environment",
+]
 
 
 def imports(path: Path) -> set[str]:
