@@ -197,6 +197,8 @@ class Guard:
         statistics = self._window[-1].micro.before.statistics
         if self._observer.suspicious(self._window, gradients, statistics, parameters, optimizer, scaler):
             found = first_suspect(self._window, gradients)
+            if found is None:
+                self._observer.false_alarm(gradients, optimizer)
         if scaler is not None and (found is None or found[1] == "gradients"):
             found = self._judge_scaler(scaler, found)
         bad = found is not None

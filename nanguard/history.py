@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanguard.lead_up import LeadUp
 from nanguard.reading import Reading
-from nanguard.sentinel import norms
+from nanguard.sentinel import norms, values_of
 
 __all__ = ["STEPS", "LossScale", "StepHistory"]
 
@@ -105,6 +105,13 @@ class StepHistory:
             entry.rates[key] = [_held(group.get("lr")) for group in optimizer.param_groups]
         entry.scale = scale
 
+    def measure(self, gradients: list[Tensor], optimizer: Any = None) -> None:
+        """Takes the norm of gradients that are finite, but too large for a norm in their own precision."""
+        values = [entry for entry in map(values_of, gradients) if entry is not None]
+        if self._open is not None and id(optimizer) in self._open.gradients:
+            norms = [float(torch.linalg.vector_norm(entry.detach(), dtype=_wide(entry))) for entry in values]
+            self._open.gradients[id(optimizer)] = math.hypot(*norms)
+
     def weigh(self, parameters: list[Tensor], optimizer: Any = None) -> None:
         """Takes the norm of these parameters now: the step fails, and what that costs is no matter any more."""
         if self._open is not None:
@@ -139,6 +146,10 @@ class StepHistory:
             loss_scale=tuple(entry.scale for entry in entries),
             skipped=tuple(entry.skipped for entry in entries),
         )
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.complex128 if values.is_complex() else torch.float64
 
 
 def _held(rate: Any) -> Any:

@@ -53,6 +53,10 @@ class Observer:
         self._history.note(reading, optimizer, scale.value(first), weights)
         return reading.suspicious
 
+    def false_alarm(self, gradients: list[Tensor], optimizer: Any) -> None:
+        """All was finite after all, but for a norm that overflowed."""
+        self._history.measure(gradients, optimizer)
+
     def left_out(self) -> None:
         """The GradScaler will leave the present step out."""
         self._history.left_out()
