@@ -173,7 +173,7 @@ class Plain(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        norms = [sum(float(t.detach().square().sum()) for t in group) ** 0.5 for group in self._groups()]
+        norms = [sum(float(t.detach().double().square().sum()) for t in group) ** 0.5 for group in self._groups()]
         self.noted.append((sum(self.losses) / len(self.losses), *norms))
         self.losses.clear()
 
