@@ -28,7 +28,7 @@ from nanguard.incident import Action, Advice, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
 from nanguard.lead_up import LeadUp
 from nanguard.moving import MovingParameters, ParameterSnapshot
-from nanguard.observer import Observer
+from nanguard.observer import Observer, located
 from nanguard.peers import Peers
 from nanguard.policy import Policy
 from nanguard.rng import RngState
@@ -36,6 +36,7 @@ from nanguard.sentinel import norms
 from nanguard.telling import tell_advice, tell_incident, tell_swap
 from nanguard.transaction import OptimizerSnapshot, Transaction
 from nanguard.watch import UnstableOpsWatch
+from nanguard.watching import Sighting
 from nanguard.window import Attempt, Moment, figures, first_suspect, gradients_of
 
 __all__ = ["Guard", "Moment", "Ruling"]
@@ -99,7 +100,7 @@ class Guard:
         self._told = len(self.swaps)
         self._advised = len(self.advice)
         self._inputs = InputKeeper()
-        self._observer = Observer()
+        self._observer = Observer(module, policy.watch)
         self._window: list[Attempt] = []
         self._moved: OptimizerSnapshot | None = None
         self._left: ParameterSnapshot | None = None
@@ -119,6 +120,14 @@ class Guard:
         return self.pending and all(attempt.loss is None for attempt in self._window)
 
     # -- before and during the step
+
+    def start(self) -> None:
+        """The fit begins. Raises `PolicyError` where ``watch.modules`` holds a pattern that matches no module."""
+        self._observer.start()
+
+    def close(self) -> None:
+        """The fit is over, however it ended: no hook stays."""
+        self._observer.close()
 
     def begin(
         self,
@@ -140,8 +149,7 @@ class Guard:
         """
         if self.dropping:  # the rest of a window that is left out
             return
-        if not self._window:
-            self._observer.begin(moment.step)
+        self._observer.begin(moment.step, first=not self._window)
         stabilized = self._stabilize is not None and self._watch.needed
         kept = self._inputs.keep(args)
         micro = MicroBatch(moment.batch_idx, kept, self._transaction.savepoint(), indices, stabilized)
@@ -158,10 +166,12 @@ class Guard:
 
     def stabilizing(self, micro: MicroBatch | None = None) -> AbstractContextManager[Any]:
         """What the forward pass of the present micro-batch runs in, or that of an earlier one which is run again."""
+        again = micro is not None
         if micro is None and self._window:
             micro = self._window[-1].micro
         on = self._stabilize is not None and (micro is None or micro.stabilized)
-        return self._stabilize if on else nullcontext()
+        around: AbstractContextManager[Any] = self._stabilize if on else nullcontext()
+        return around if again or self.dropping else self._observer.around(around)
 
     def saw_loss(self, loss: Tensor) -> None:
         """Takes note of the loss before the backward pass; no synchronisation."""
@@ -201,6 +211,8 @@ class Guard:
                 self._observer.false_alarm(gradients, optimizer)
         if scaler is not None and (found is None or found[1] == "gradients"):
             found = self._judge_scaler(scaler, found)
+        if found is None and (position := self._observer.bad_micro_batch()) is not None:
+            found = self._window[position], "activations"
         bad = found is not None
         if self._peers is not None:
             bad = self._peers.any(bad)
@@ -235,14 +247,17 @@ class Guard:
         elsewhere: int | None,
         lead_up: LeadUp,
     ) -> Ruling:
-        found = self._diagnose(attempt, trigger, elsewhere)
+        position, loss = self._window.index(attempt), trigger == "loss"
+        sighting = self._observer.sighting(position, loss_finite=not loss) if elsewhere is None else None
+        with self._observer.paused():
+            found = self._diagnose(attempt, trigger, elsewhere, sighting)
         moment = attempt.moment
         action = self.policy.action(trigger=trigger, cause=found.cause, step=moment.step)
         if self._peers is not None:
             action = self._peers.agreed(action, elsewhere)
         action, remark = self._budget.spend(action)
         if elsewhere is None:
-            details = [figures(attempt, parameters, self._module), remark]
+            details = [figures(attempt, parameters, self._module), sighting.detail if sighting else "", remark]
             if self._inputs.learn():
                 details.append("the step has written into its batch, which is captured as the step left it")
         else:
@@ -262,6 +277,7 @@ class Guard:
             action=_DONE[action],
             detail="; ".join(filter(None, details)),
             lead_up=lead_up,
+            activations=sighting.activations if sighting else (),
         )
         if elsewhere is None:
             incident = self._store(incident, attempt)
@@ -290,20 +306,23 @@ class Guard:
             after.restore()
             after.release()
 
-    def _diagnose(self, attempt: Attempt, trigger: Trigger, elsewhere: int | None) -> Diagnosis:
-        options = self.policy.diagnosis
-        if not options.enabled or elsewhere is not None:
+    def _diagnose(
+        self, attempt: Attempt, trigger: Trigger, elsewhere: int | None, sighting: Sighting | None
+    ) -> Diagnosis:
+        if elsewhere is not None:
             return Diagnosis()
         try:
-            return self._autopsy(attempt, trigger)
+            found = self._autopsy(attempt, trigger) if self.policy.diagnosis.enabled else Diagnosis()
         except Exception as error:  # whatever is wrong with the diagnosis, the incident is worth more
             reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-            return Diagnosis(advice=f"The diagnosis itself failed: {reason}")
+            found = Diagnosis(advice=f"The diagnosis itself failed: {reason}")
+        return located(found, sighting) if found.verdict == "not_replayed" else found
 
     def _autopsy(self, attempt: Attempt, trigger: Trigger) -> Diagnosis:
         options = self.policy.diagnosis
-        if self._rerun is None:
-            return suspects(self._module, attempt.micro.args, self._transaction.buffers(attempt.micro.before))
+        if self._rerun is None or trigger == "activations":
+            before = self._transaction.buffers(attempt.micro.before)
+            return suspects(self._module, attempt.micro.args, before, run=trigger == "activations")
         found = diagnose(
             attempt.micro,
             self._rerun,

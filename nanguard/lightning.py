@@ -110,6 +110,11 @@ class NanGuard(Callback):
             trainer.callbacks = others
         self._found, self._ordered = [], []
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finds the modules that the policy watches, which all exist now."""
+        if self._session is not None:
+            self._session.guard.start()
+
     # -- one batch
 
     def on_train_batch_start(

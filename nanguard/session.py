@@ -120,6 +120,7 @@ class Session:
             handle.remove()
         self._handles.clear()
         self._held.undo()
+        self.guard.close()
         self._samples.close()
         self._patches.undo()
 

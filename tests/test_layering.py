@@ -30,7 +30,6 @@ ROOMS = [
         "sentinel",
         "reading",
         "history",
-        "observer",
         "moving",
     ),
     *(
@@ -41,6 +40,8 @@ ROOMS = [
         "watch",
         "inputs",
         "diagnosis",
+        "watching",
+        "observer",
         "capture",
         "archive",
         "peers",
