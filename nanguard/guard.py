@@ -219,8 +219,10 @@ class Guard:
         if not bad:
             return _PROCEED
         attempt, trigger = found or (self._window[-1], "gradients")
-        lead_up = self._observer.lead_up(parameters, optimizer)
-        return self._rule(attempt, trigger, parameters, self._elsewhere(found), lead_up)
+        elsewhere = self._elsewhere(found)
+        if self._peers is not None:
+            trigger = self._peers.told(trigger, elsewhere)
+        return self._rule(attempt, trigger, parameters, elsewhere, self._observer.lead_up(parameters, optimizer))
 
     def _elsewhere(self, found: tuple[Attempt, Trigger] | None) -> int | None:
         if self._peers is None:

@@ -153,6 +153,33 @@ class NanGuard(Callback):
         if self._session is not None:
             self._session.settle()
 
+    # -- validation
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Saves the state before the step, where the policy watches the validation."""
+        if self._session is not None:
+            self._session.begin_validation(batch, batch_idx, dataloader_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Looks at what the step gave."""
+        if self._session is not None:
+            self._session.end_validation(outputs, batch_idx, dataloader_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Processes that validate together decide together."""
+        if self._session is not None:
+            self._session.finish_validation()
+
 
 def _first(callbacks: list[Callback], guard: Callback) -> list[Callback]:
     """A new list with the guard before all others but the tuners, which run a fit of their own."""

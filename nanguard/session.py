@@ -22,8 +22,17 @@ from nanguard.peers import Peers
 from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sampling import SampleRecord
-from nanguard.trainer_state import IGNORED, hold_schedulers, quiet, save_manual, save_progress, save_results
+from nanguard.trainer_state import (
+    IGNORED,
+    hold_schedulers,
+    quiet,
+    save_manual,
+    save_progress,
+    save_results,
+    validated_values,
+)
 from nanguard.transaction import Transaction
+from nanguard.validation import ValidationWatch, validation_arguments
 from nanguard.values import Undo
 
 __all__ = ["Session", "SkipStep"]
@@ -76,6 +85,7 @@ class Session:
         self._warned = False
         self._own_start = _is_users_hook(module, "on_train_batch_start")
         self.guard = self._make_guard(incidents, swaps, advice)
+        self._validation = self._make_validation(incidents) if policy.watch.validation else None
         self._wrap()
 
     def _make_guard(self, incidents: list[Incident], swaps: list[Swap], advice: list[Advice]) -> Guard:
@@ -99,6 +109,10 @@ class Session:
             swaps=swaps,
             advice=advice,
         )
+
+    def _make_validation(self, incidents: list[Incident]) -> ValidationWatch:
+        peers = _peers(self._trainer) if self._trainer.world_size > 1 else None
+        return ValidationWatch(self._policy, self._module, self._circumstances, incidents, peers, IGNORED)
 
     # -- wrapping
 
@@ -186,7 +200,7 @@ class Session:
         self._judged = False
         self._step_before = trainer.global_step
         self._own_start = _is_users_hook(self._module, "on_train_batch_start")
-        self._streaming = _gives_iterators(trainer)
+        self._streaming = _gives_iterators(trainer.fit_loop)
         if not self._handles and not self._module.automatic_optimization:
             self._handles = [o.register_step_pre_hook(self._stepped_past_lightning) for o in trainer.optimizers]
         args: tuple[Any, ...] = ()
@@ -198,7 +212,7 @@ class Session:
             indices, rewind = self._samples.next_batch()
         self._progress = save_progress(trainer) if self._policy.hold_global_step else None
         self.guard.begin(
-            Moment(trainer.global_step, trainer.current_epoch, batch_idx, trainer.global_rank),
+            self._moment(batch_idx),
             args,
             indices=indices,
             rewind=rewind,
@@ -268,6 +282,29 @@ class Session:
                 self.guard.end_window()
                 self._held.undo()
 
+    # -- validation
+
+    def begin_validation(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """Before a validation step."""
+        if self._validation is not None and not _gives_iterators(self._trainer.fit_loop.epoch_loop.val_loop):
+            self._validation.begin(validation_arguments(self._module, batch, batch_idx, dataloader_idx))
+
+    def end_validation(self, output: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """After a validation step."""
+        if self._validation is not None:
+            place = f" of loader {dataloader_idx}" if dataloader_idx else ""
+            logged = validated_values(self._trainer)
+            self._trainer.should_stop |= self._validation.end(self._moment(batch_idx), output, logged, place)
+
+    def finish_validation(self) -> None:
+        """After the last validation step."""
+        if self._validation is not None:
+            self._trainer.should_stop |= self._validation.finish(self._moment(0))
+
+    def _moment(self, batch_idx: int) -> Moment:
+        trainer = self._trainer
+        return Moment(trainer.global_step, trainer.current_epoch, batch_idx, trainer.global_rank)
+
     # -- a second run of the step
 
     def _step(self, *args: Any) -> Any:
@@ -332,8 +369,8 @@ def _peers(trainer: Any) -> Peers:
     )
 
 
-def _gives_iterators(trainer: Any) -> bool:
-    return type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
+def _gives_iterators(loop: Any) -> bool:
+    return type(loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
 
 
 def _autocast(context: Callable[[], AbstractContextManager[Any]]) -> dict[str, str] | None:

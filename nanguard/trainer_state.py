@@ -11,10 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from nanguard.patches import Patches
 from nanguard.values import Undo
 
-__all__ = ["IGNORED", "hold_schedulers", "optimizer_progress", "quiet", "save_manual", "save_results"]
+__all__ = [
+    "IGNORED",
+    "hold_schedulers",
+    "optimizer_progress",
+    "quiet",
+    "save_manual",
+    "save_results",
+    "validated_values",
+]
 
 # Attributes through which Lightning ties a module to its Trainer; they are not the module's state.
 IGNORED = (
@@ -104,6 +114,12 @@ def save_progress(trainer: Any) -> Undo:
             vars(tracker).update(values)
 
     return undo
+
+
+def validated_values(trainer: Any) -> list[tuple[str, Tensor]]:
+    """What ``self.log`` has accumulated in the validation loop, but for metrics; relies on ``val_loop._results``."""
+    results = trainer.fit_loop.epoch_loop.val_loop._results
+    return [(str(metric.meta.name), metric.value) for metric in results.values() if metric.is_tensor]
 
 
 @contextmanager
