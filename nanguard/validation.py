@@ -135,7 +135,7 @@ class ValidationWatch:
         return worst == 1
 
     def _bad(self, output: Any, logged: Iterable[tuple[str, Tensor]]) -> list[str]:
-        found = [(name, measure("", tensor)) for name, tensor in (*named_tensors(output, "output"), *logged)]
+        found = [(name, measure(tensor)) for name, tensor in (*named_tensors(output, "output"), *logged)]
         rows = [(name, row) for name, row in found if row is not None and row.device is not None]
         if not rows:
             return []

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from trainers import Net, assert_same, fit, loader, make_trainer, policy, rows, seed
-from watched import Bulk, Masked, Pair, Parts, Reused, hooks_of
+from watched import Bulk, Masked, Pair, Parts, Reused, Sealed, hooks_of
 
 from nanguard import NanGuard, NanGuardWarning, NonFiniteError, PolicyError
 from nanguard.watching.matching import matched_modules
@@ -36,7 +36,7 @@ values = st.sampled_from([math.nan, math.inf, -math.inf, 0.0]) | st.floats(-1e4,
 @given(st.lists(values, min_size=1, max_size=40), st.sampled_from([torch.float16, torch.float32, torch.float64]))
 def test_the_numbers_are_those_of_the_tensor(found, dtype):
     tensor = torch.tensor(found, dtype=dtype)
-    row = measure("", tensor)
+    row = measure(tensor)
     assert row is not None
     row.values = row.device.tolist()
     stats = row.stats("x")
@@ -50,13 +50,13 @@ def test_the_numbers_are_those_of_the_tensor(found, dtype):
 
 
 def test_what_cannot_be_measured_is_left_alone():
-    assert measure("", torch.zeros(0)) is None
-    assert measure("", torch.ones(2, dtype=torch.long)) is None
-    assert measure("", torch.ones(2, device="meta")) is None
+    assert measure(torch.zeros(0)) is None
+    assert measure(torch.ones(2, dtype=torch.long)) is None
+    assert measure(torch.ones(2, device="meta")) is None
     seen = []
-    torch.vmap(lambda x: (seen.append(measure("", x)), x * 2)[1])(torch.ones(2, 3))
+    torch.vmap(lambda x: (seen.append(measure(x)), x * 2)[1])(torch.ones(2, 3))
     assert seen == [None]
-    row = measure("", torch.tensor([1 + 2j, complex(math.nan, 1)]))
+    row = measure(torch.tensor([1 + 2j, complex(math.nan, 1)]))
     assert row is not None
     assert row.device.tolist()[:3] == [1.0, 2.0, 1.0]
 
@@ -191,7 +191,7 @@ class CompiledStep(Net):
         return type(self).whole(self, x)
 
 
-MODELS = [Net, Parts, Pair, Reused, Masked, Bulk, Checkpointed, Reentrant, Compiled, CompiledStep]
+MODELS = [Net, Parts, Pair, Reused, Masked, Bulk, Sealed, Checkpointed, Reentrant, Compiled, CompiledStep]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -216,6 +216,7 @@ def test_every_kind_of_module_is_seen(tmp_path: Path, make: Any) -> None:
     expected = {
         Parts: ["parts[0]", 'parts[1]["half"]', 'parts[1]["rest"].value', "parts"],
         Reused: ["layer", "layer (call 2)", "layer (call 3)"],
+        Sealed: ["scripted", "teacher"],
         Compiled: ["head", "block.norm"],
         CompiledStep: ["(root)"],
         Checkpointed: ["block.linear", "block"],

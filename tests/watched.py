@@ -146,3 +146,18 @@ class Reused(Net):
         for _ in range(3):
             x = self.layer(x)
         return super().forward(x)
+
+
+class Sealed(Simple):
+    """A scripted module, and a teacher whose fast path any hook would close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+        self.teacher = nn.TransformerEncoderLayer(4, 2, dim_feedforward=8, batch_first=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = self.scripted(batch[0])
+        with torch.no_grad():
+            target = self.teacher.eval()(x[None])[0]
+        return (x - target).square().mean()

@@ -24,7 +24,8 @@ class Call:
         micro: position of the micro-batch in the window.
         parent: the watched module that called it.
         number: which call of this module in the micro-batch it is, from 1.
-        inputs, outputs: before the call, and after it; in-place modules change their inputs.
+        inputs, outputs: before the call, and after it (in-place modules change their inputs), by the expression that leads
+            to each from the arguments or from what is returned, such as ``[0]``; ``""`` is the whole.
         done: whether it returned.
     """
 
@@ -32,8 +33,8 @@ class Call:
     micro: int
     parent: Call | None
     number: int
-    inputs: list[Row] = field(default_factory=list)
-    outputs: list[Row] = field(default_factory=list)
+    inputs: dict[str, Row] = field(default_factory=dict)
+    outputs: dict[str, Row] = field(default_factory=dict)
     done: bool = False
 
     def __str__(self) -> str:
@@ -99,13 +100,9 @@ def sight(
         whole: whether all modules are watched.
         loss_finite: whether the loss is; where it is not, all gradients only follow from that.
     """
-    ranges = tuple(
-        row.stats(_name(call, row))
-        for call in calls
-        for row in call.outputs
-        if row.values  # a call that came too late
-    )[:_MOST]
-    bad = [call for call in calls if _any(call.outputs, infinities)]
+    outputs = [(_name(call, place), row) for call in calls for place, row in call.outputs.items()]
+    ranges = tuple(row.stats(name) for name, row in outputs[:_MOST] if row.values)
+    bad = [call for call in calls if _any(call.outputs.values(), infinities)]
     wrong = next((event for event in events if event.row.bad("all")), None)
     texts = []
     if bad:
@@ -115,15 +112,17 @@ def sight(
         texts.append(f"first non-finite gradient: {kind} {wrong.call}")
     seen = Sighting(detail=", ".join(texts), activations=ranges)
     if bad:
-        culprit = next((call for call in bad if not _any(call.inputs, infinities)), None)
+        culprit = next((call for call in bad if not _any(call.inputs.values(), infinities)), None)
         if culprit is not None:
-            operands = _stats(culprit.inputs, "input")
+            operands = _stats(culprit.inputs.values(), "input")
             return replace(seen, phase="forward", module=culprit.module, operands=operands, clean=True)
-        operands = _stats(bad[0].inputs, "input")
+        operands = _stats(bad[0].inputs.values(), "input")
         return replace(seen, phase="forward", module=_around(bad[0], whole), operands=operands)
     if not loss_finite:
         last = wrong.call if wrong is not None else calls[-1]
-        return replace(seen, phase="forward", module="" if whole else None, operands=_stats(last.outputs, "output"))
+        return replace(
+            seen, phase="forward", module="" if whole else None, operands=_stats(last.outputs.values(), "output")
+        )
     return seen if wrong is None else _backward(wrong, events, whole, seen)
 
 
@@ -150,12 +149,13 @@ def _any(rows: Iterable[Row], infinities: Infinities) -> bool:
     return any(row.bad(infinities) for row in rows)
 
 
-def _stats(rows: Sequence[Row], name: str) -> tuple[TensorStats, ...]:
+def _stats(rows: Iterable[Row], name: str) -> tuple[TensorStats, ...]:
+    rows = list(rows)
     return tuple(
         row.stats(f"{name} {position}" if len(rows) > 1 else name) for position, row in enumerate(rows) if row.values
     )
 
 
-def _name(call: Call, row: Row) -> str:
-    name = f"{call.module or '(root)'}{row.place}"
+def _name(call: Call, place: str) -> str:
+    name = f"{call.module or '(root)'}{place}"
     return name if call.number == 1 else f"{name} (call {call.number})"

@@ -6,19 +6,20 @@ import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from nanguard.diagnosis.naming import clean_name
 from nanguard.errors import PolicyError
 
-__all__ = ["matched_modules"]
+__all__ = ["matched_modules", "refusing_hooks"]
 
 
 def matched_modules(root: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Module]:
     """The modules whose qualified name matches a pattern, by that name, in the order of `named_modules`.
 
     1. Names are as the user would write them, without what `torch.compile` and checkpoint wrappers put in between; the root
-    is ``""``, which ``*`` matches, too. 2. A module inside a compiled one is watched from outside: at the compiled module.
+    is ``""``, which ``*`` matches, too. 2. A module inside a compiled or scripted one is watched from outside: at that one.
     3. Metrics of torchmetrics are no part of the model: only their exact name matches them.
 
     Raises:
@@ -33,6 +34,16 @@ def matched_modules(root: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Mo
         found.update(shown[name] for name in names)
     order = {name: position for position, name in enumerate(shown)}
     return dict(sorted(found.items(), key=lambda entry: order[entry[0]]))
+
+
+def refusing_hooks(root: nn.Module) -> frozenset[int]:
+    """The identities of the modules that refuse hooks, or compute otherwise where there are any.
+
+    Scripted modules take none, and the layers of torch's Transformer encoder leave their fast path for them.
+    """
+    layers = [module for module in root.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    return frozenset(inside | {id(module) for module in root.modules() if isinstance(module, torch.jit.ScriptModule)})
 
 
 def _outermost(root: nn.Module) -> dict[str, tuple[str, nn.Module]]:
@@ -54,6 +65,8 @@ def _outermost(root: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 

@@ -25,13 +25,11 @@ class Row:
     """What was measured of one tensor.
 
     Attributes:
-        place: the expression that leads to it from the output or the arguments, such as ``[0]``; ``""`` for the whole.
         shape, dtype: of the tensor.
         device: the numbers, 1-D of length `WIDTH`, float64, on the tensor's device, until they are read.
         values: the same numbers, once they have been read.
     """
 
-    place: str
     shape: tuple[int, ...]
     dtype: str
     device: Tensor | None
@@ -61,7 +59,7 @@ class Row:
         )
 
 
-def measure(place: str, tensor: Tensor) -> Row | None:
+def measure(tensor: Tensor) -> Row | None:
     """Measures a tensor, of any real or complex floating dtype; `None` for others, for empty ones, and inside `torch.func`."""
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not hasattr(tensor, "to_local"):
         return None  # a tensor that stands for something else
@@ -73,7 +71,7 @@ def measure(place: str, tensor: Tensor) -> Row | None:
         if values is None or values.numel() == 0 or values.is_nested:
             return None
         shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-        return Row(place, shape, dtype, _numbers(values.detach()))
+        return Row(shape, dtype, _numbers(values.detach()))
 
 
 def _numbers(values: Tensor) -> Tensor:
@@ -81,6 +79,12 @@ def _numbers(values: Tensor) -> Tensor:
         values = torch.view_as_real(values.resolve_conj())
     if values.dtype not in (torch.float32, torch.float64):
         values = values.to(torch.float32)  # halves and eight-bit floats are exact there
+    if values.is_cpu:
+        # Nothing waits for a CPU, so a look decides whether there is anything to count.
+        low, high = torch.aminmax(values)
+        if math.isfinite(low.item()) and math.isfinite(high.item()):
+            zeros = values.numel() - int(torch.count_nonzero(values))
+            return torch.tensor([low.item(), high.item(), 0, 0, 0, zeros], dtype=torch.float64)
     finite = torch.isfinite(values)
     numbers = [
         values.where(finite, math.inf).amin(),

@@ -10,6 +10,7 @@ computes again in the backward pass has been seen before: only its gradients cou
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from nanguard.patches import Patches
 from nanguard.policy import Watch
 from nanguard.trees import named_tensors
 from nanguard.watching.calls import Call, Event, Sighting, sight
-from nanguard.watching.matching import matched_modules
+from nanguard.watching.matching import matched_modules, refusing_hooks
 from nanguard.watching.rows import WIDTH, Row, measure
 
 __all__ = ["ModuleWatch", "Sighting"]
@@ -41,6 +42,7 @@ class ModuleWatch:
         self._root = root
         self._options = options
         self._modules: dict[str, nn.Module] = {}
+        self._refusing: frozenset[int] = frozenset()
         self._patches = Patches()
         self._handles: list[Any] = []
         self._nodes: list[Any] = []
@@ -56,6 +58,8 @@ class ModuleWatch:
         self._stack: list[Call] = []
         self._rows: list[Row] = []
         self._read: list[Row] = []
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Row | None]] = {}
+        self._arrived: dict[tuple[int, int, int], Row | None] = {}
         self._numbers: Counter[tuple[str, int]] = Counter()
         self._told = False
 
@@ -66,6 +70,7 @@ class ModuleWatch:
             PolicyError: where a pattern matches none.
         """
         self._modules = matched_modules(self._root, self._options.modules)
+        self._refusing = refusing_hooks(self._root) if self._modules else frozenset()
 
     # -- one window of micro-batches
 
@@ -129,7 +134,7 @@ class ModuleWatch:
     def bad_micro_batch(self) -> int | None:
         """The position of the first micro-batch with a bad activation; said once in a window."""
         kinds = self._options.infinities
-        found = next((call.micro for call in self._calls if any(row.bad(kinds) for row in call.outputs)), None)
+        found = next((call.micro for call in self._calls if any(row.bad(kinds) for row in call.outputs.values())), None)
         if found is None or self._told:
             return None
         self._told = True
@@ -152,9 +157,11 @@ class ModuleWatch:
         self._installed = True
         for name, module in self._modules.items():
             before, after = _Hook(self._before, name), _Hook(self._after, name)
-            compiled = vars(module).get("_compiled_call_impl")
-            if compiled is not None:
-                self._patches.set(module, "_compiled_call_impl", _around(module, compiled, before, after))
+            call = vars(module).get("_compiled_call_impl")
+            if call is None and id(module) in self._refusing:
+                call = module._call_impl
+            if call is not None:  # `Module.__call__` calls what stands there
+                self._patches.set(module, "_compiled_call_impl", _around(module, call, before, after))
                 continue
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True))
@@ -184,23 +191,44 @@ class ModuleWatch:
         if not again:
             self._calls.append(call)
 
-    def _measure(self, call: Call, rows: list[Row], value: Any, *, passed: bool, again: bool) -> None:
+    def _measure(self, call: Call, rows: dict[str, Row], value: Any, *, passed: bool, again: bool) -> None:
         for place, tensor in named_tensors(value, ""):
-            row = None if again else measure(place, tensor)
+            row = None if again else self._row(tensor)
             if row is not None:
-                rows.append(row)
-                self._rows.append(row)
-            if tensor.grad_fn is not None:
-                self._watch_gradient(call, place, tensor.grad_fn, tensor.output_nr, passed=passed)
+                rows[place] = row
+            self._watch_gradient(call, tensor, passed=passed)
 
-    def _watch_gradient(self, call: Call, place: str, node: Any, number: int, *, passed: bool) -> None:
+    def _row(self, tensor: Tensor) -> Row | None:
+        """What is measured of a tensor: once, although it is what one module gives and the next one takes."""
+        version = -1 if tensor.is_inference() else tensor._version
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1] == version:
+            return known[2]
+        row = measure(tensor)
+        self._known[id(tensor)] = weakref.ref(tensor), version, row
+        if row is not None:
+            self._rows.append(row)
+        return row
+
+    def _watch_gradient(self, call: Call, tensor: Tensor, *, passed: bool) -> None:
+        try:
+            node, number = tensor.grad_fn, tensor.output_nr
+        except RuntimeError:  # a view whose base was written into in a way that autograd cannot follow
+            return
+        if node is None:
+            return
         key = node._sequence_nr(), number
 
         def arrived(gradients: tuple[Tensor | None, ...]) -> None:
             gradient = gradients[number]
-            row = None if gradient is None or self._silent() else measure(place, gradient)
+            if gradient is None or self._silent():
+                return
+            where = *key, torch._C._current_graph_task_id()
+            if where not in self._arrived:  # it is passed back by one module and given to the next
+                self._arrived[where] = row = measure(gradient)
+                self._rows += [row] if row is not None else []
+            row = self._arrived[where]
             if row is not None:
-                self._rows.append(row)
                 self._events.append(Event(call, key, passed, row))
 
         self._nodes.append(node.register_prehook(arrived))
@@ -230,10 +258,10 @@ def _nothing(*_: Any) -> None:
     """Stands where a hook was, in a copy of a module that was made during a watched step."""
 
 
-def _around(module: nn.Module, compiled: Callable[..., Any], before: _Hook, after: _Hook) -> Callable[..., Any]:
+def _around(module: nn.Module, plain: Callable[..., Any], before: _Hook, after: _Hook) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         before(module, args, kwargs)
-        output = compiled(*args, **kwargs)
+        output = plain(*args, **kwargs)
         after(module, args, kwargs, output)
         return output
 
