@@ -23,12 +23,13 @@ from torch.nn.parameter import is_lazy
 
 from nanguard.archive import Archive, Circumstances
 from nanguard.budget import SkipBudget
-from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnose, suspects
+from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun
+from nanguard.examination import Examination, dataset_indices
 from nanguard.incident import Action, Advice, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
 from nanguard.lead_up import LeadUp
 from nanguard.moving import MovingParameters, ParameterSnapshot
-from nanguard.observer import Observer, located
+from nanguard.observer import Observer
 from nanguard.peers import Peers
 from nanguard.policy import Policy
 from nanguard.rng import RngState
@@ -36,7 +37,6 @@ from nanguard.sentinel import norms
 from nanguard.telling import tell_advice, tell_incident, tell_swap
 from nanguard.transaction import OptimizerSnapshot, Transaction
 from nanguard.watch import UnstableOpsWatch
-from nanguard.watching import Sighting
 from nanguard.window import Attempt, Moment, figures, first_suspect, gradients_of
 
 __all__ = ["Guard", "Moment", "Ruling"]
@@ -53,11 +53,6 @@ class Ruling:
 
 
 _PROCEED = Ruling("proceed")
-
-_SCALER_ADVICE = (
-    "Without the loss scale the gradients are finite, so they overflow in half precision only. Lower the learning rate or "
-    "the initial scale, or train in bfloat16."
-)
 
 
 @final
@@ -92,7 +87,7 @@ class Guard:
         self.advice: list[Advice] = [] if advice is None else advice
         self._module = module
         self._transaction = transaction or Transaction(module, moving=MovingParameters(module))
-        self._rerun = rerun
+        self._examine = Examination(policy.diagnosis, module, self._transaction, rerun)
         self._peers = peers
         self._archive = Archive(policy, module, circumstances)
         self._watch = UnstableOpsWatch()
@@ -104,7 +99,6 @@ class Guard:
         self._window: list[Attempt] = []
         self._moved: OptimizerSnapshot | None = None
         self._left: ParameterSnapshot | None = None
-        self._healthy: MicroBatch | None = None
         self._scaler_streak = 0
         self._budget = SkipBudget(policy.budget)
         self.dropping = False
@@ -252,7 +246,7 @@ class Guard:
         position, loss = self._window.index(attempt), trigger == "loss"
         sighting = self._observer.sighting(position, loss_finite=not loss) if elsewhere is None else None
         with self._observer.paused():
-            found = self._diagnose(attempt, trigger, elsewhere, sighting)
+            found = self._examine(attempt, trigger, sighting) if elsewhere is None else Diagnosis()
         moment = attempt.moment
         action = self.policy.action(trigger=trigger, cause=found.cause, step=moment.step)
         if self._peers is not None:
@@ -273,7 +267,7 @@ class Guard:
             origin=found.origin,
             cause=found.cause,
             samples=found.samples,
-            dataset_indices=_picked(attempt.micro, found.samples),
+            dataset_indices=dataset_indices(attempt.micro, found.samples),
             verdict=found.verdict,
             advice=found.advice,
             action=_DONE[action],
@@ -308,34 +302,6 @@ class Guard:
             after.restore()
             after.release()
 
-    def _diagnose(
-        self, attempt: Attempt, trigger: Trigger, elsewhere: int | None, sighting: Sighting | None
-    ) -> Diagnosis:
-        if elsewhere is not None:
-            return Diagnosis()
-        try:
-            found = self._autopsy(attempt, trigger) if self.policy.diagnosis.enabled else Diagnosis()
-        except Exception as error:  # whatever is wrong with the diagnosis, the incident is worth more
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-            found = Diagnosis(advice=f"The diagnosis itself failed: {reason}")
-        return located(found, sighting) if found.verdict == "not_replayed" else found
-
-    def _autopsy(self, attempt: Attempt, trigger: Trigger) -> Diagnosis:
-        options = self.policy.diagnosis
-        if self._rerun is None or trigger == "activations":
-            before = self._transaction.buffers(attempt.micro.before)
-            return suspects(self._module, attempt.micro.args, before, run=trigger == "activations")
-        found = diagnose(
-            attempt.micro,
-            self._rerun,
-            healthy=self._healthy,
-            samples=options.samples,
-            counterfactual=options.counterfactuals,
-        )
-        if trigger == "scaler" and found.verdict == "transient":
-            return Diagnosis(advice=_SCALER_ADVICE)
-        return found
-
     # -- after the step
 
     def restore(self) -> None:
@@ -354,7 +320,7 @@ class Guard:
         """Forgets the window: its step was taken, or left out for good."""
         if not self.dropping and self._window:
             self._budget.healthy_step()
-            self._healthy = self._window[-1].micro if self._rerun is not None else None
+            self._examine.was_healthy(self._window[-1].micro)
         self._observer.end(skipped=self.dropping)
         for attempt in self._window:
             attempt.undo.release()
@@ -381,16 +347,3 @@ def _stabilizer(policy: Policy, swaps: list[Swap], advice: list[Advice]) -> Any:
 
     options = policy.stabilize
     return stabilize(options.epsilon, saturated=options.saturated, swaps=swaps, advice=advice)
-
-
-def _picked(micro: MicroBatch, samples: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    indices = micro.indices
-    if indices is None or samples is None:
-        return None
-    if len(indices) == 1:
-        return indices
-    if batch_size(micro.args[0], len(indices)) != len(
-        indices
-    ):  # collation made another number of rows of these samples
-        return None
-    return tuple(indices[position] for position in samples)

@@ -72,7 +72,12 @@ class Observer:
             optimizer: the optimizer, where it is known.
             scaler: the GradScaler, if there is one.
         """
-        scale, norms = LossScale(scaler), self._history.wants(parameters)
+        norms = self._history.wants(parameters)
+        if scaler is None and norms is None and not self._watch.on:  # nearly always
+            reading = read(window, gradients, statistics)
+            self._history.note(reading, optimizer)
+            return reading.suspicious
+        scale = LossScale(scaler)
         measured = self._watch.pending() if self._watch.on else []
         along = [entry for entry in (scale.tensor, norms) if entry is not None]
         reading = read(window, gradients, statistics, [*along, *measured])
@@ -113,7 +118,8 @@ class Observer:
     def end(self, *, skipped: bool) -> None:
         """The window is over."""
         self._history.end(skipped=skipped)
-        self._watch.end()
+        if self._watch.on:
+            self._watch.end()
 
     def close(self) -> None:
         """The fit is over: no hook stays."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +25,7 @@ class Sight(Protocol):
     norms: Tensor | None
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What the look at a step gave.
 
     Attributes:
@@ -55,11 +53,13 @@ def read(
         along: tensors of any shape and real dtype that have no part in the verdict, but are read at the same time.
     """
     losses = [loss for loss in [_scalar(sight.loss) for sight in window] if loss is not None]
-    earlier = [sight.norms for sight in window[:-1] if sight.norms is not None]
     found = None
-    if not earlier and not along and all(loss.is_cpu for loss in losses):
+    if len(window) == 1 and not along:
         found = _small(losses, gradients, statistics)
-    gradient, running, loss, before, rest = found or _fetched(losses, gradients, statistics, earlier, along)
+    if found is None:
+        earlier = [sight.norms for sight in window[:-1] if sight.norms is not None]
+        found = _fetched(losses, gradients, statistics, earlier, along)
+    gradient, running, loss, before, rest = found
     return Reading(
         suspicious=not math.isfinite(sum(gradient) + sum(running) + sum(loss) + sum(before)),
         loss=sum(loss) if loss else None,
@@ -70,7 +70,7 @@ def read(
 
 def _small(losses: list[Tensor], gradients: list[Tensor], statistics: list[Tensor]) -> list[list[float]] | None:
     values = small_norms([*gradients, *statistics])
-    if values is None:
+    if values is None or any(not loss.is_cpu for loss in losses):
         return None
     return [values[: len(gradients)], values[len(gradients) :], [loss.item() for loss in losses], [], []]
 

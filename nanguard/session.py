@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -18,13 +18,16 @@ from nanguard.guard import Guard, Moment
 from nanguard.incident import Advice, Incident, Swap
 from nanguard.moving import MovingParameters
 from nanguard.patches import Patches
-from nanguard.peers import Peers
 from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sampling import SampleRecord
 from nanguard.trainer_state import (
     IGNORED,
+    autocast,
+    gives_iterators,
     hold_schedulers,
+    is_users_hook,
+    peers_of,
     quiet,
     save_manual,
     save_progress,
@@ -83,7 +86,7 @@ class Session:
         self._arguments = 0
         self._step_before = 0
         self._warned = False
-        self._own_start = _is_users_hook(module, "on_train_batch_start")
+        self._own_start = is_users_hook(module, "on_train_batch_start")
         self.guard = self._make_guard(incidents, swaps, advice)
         self._validation = self._make_validation(incidents) if policy.watch.validation else None
         self._wrap()
@@ -94,7 +97,7 @@ class Session:
         if not module.automatic_optimization:
             participants.append(lambda: save_manual(trainer))
         transaction = Transaction(module, ignored=IGNORED, participants=participants, moving=MovingParameters(module))
-        peers = _peers(trainer) if trainer.world_size > 1 else None
+        peers = peers_of(trainer) if trainer.world_size > 1 else None
         rerun = None
         if peers is None and module.automatic_optimization:
             rerun = Rerun(module, transaction, self._step, self._quiet, lambda: trainer.optimizers)
@@ -111,7 +114,7 @@ class Session:
         )
 
     def _make_validation(self, incidents: list[Incident]) -> ValidationWatch:
-        peers = _peers(self._trainer) if self._trainer.world_size > 1 else None
+        peers = peers_of(self._trainer) if self._trainer.world_size > 1 else None
         return ValidationWatch(self._policy, self._module, self._circumstances, incidents, peers, IGNORED)
 
     # -- wrapping
@@ -199,8 +202,8 @@ class Session:
         trainer = self._trainer
         self._judged = False
         self._step_before = trainer.global_step
-        self._own_start = _is_users_hook(self._module, "on_train_batch_start")
-        self._streaming = _gives_iterators(trainer.fit_loop)
+        self._own_start = is_users_hook(self._module, "on_train_batch_start")
+        self._streaming = gives_iterators(trainer.fit_loop)
         if not self._handles and not self._module.automatic_optimization:
             self._handles = [o.register_step_pre_hook(self._stepped_past_lightning) for o in trainer.optimizers]
         args: tuple[Any, ...] = ()
@@ -286,7 +289,7 @@ class Session:
 
     def begin_validation(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Before a validation step."""
-        if self._validation is not None and not _gives_iterators(self._trainer.fit_loop.epoch_loop.val_loop):
+        if self._validation is not None and not gives_iterators(self._trainer.fit_loop.epoch_loop.val_loop):
             self._validation.begin(validation_arguments(self._module, batch, batch_idx, dataloader_idx))
 
     def end_validation(self, output: Any, batch_idx: int, dataloader_idx: int) -> None:
@@ -322,7 +325,7 @@ class Session:
         scaler = getattr(plugin, "scaler", None)
         return Circumstances(
             optimizers=tuple(trainer.optimizers),
-            precision=_autocast(plugin.forward_context),
+            precision=autocast(plugin.forward_context),
             scale=float(scaler.get_scale()) if scaler is not None else None,
             accumulate=trainer.accumulate_grad_batches,
             hparams=dict(self._module.hparams),
@@ -347,37 +350,3 @@ def _refuse_engines(trainer: Any) -> None:
             f"NanGuard: found the strategy {name}, whose engine steps the optimizer by itself; expected one that steps through "
             "Lightning (DDP, FSDP, a single device). Remove the callback, or use FSDP"
         )
-
-
-def _is_users_hook(module: Any, name: str) -> bool:
-    """Whether the module overrides a hook of LightningModule."""
-    home = getattr(getattr(type(module), name, None), "__module__", "")
-    return not home.startswith(("lightning.", "pytorch_lightning."))
-
-
-def _peers(trainer: Any) -> Peers:
-    strategy = trainer.strategy
-
-    def gather(number: int) -> list[int]:
-        numbers: list[int] = (
-            strategy.all_gather(torch.tensor(int(number), device=strategy.root_device)).reshape(-1).tolist()
-        )
-        return numbers
-
-    return Peers(
-        rank=trainer.global_rank, any=lambda flag: strategy.reduce_boolean_decision(flag, all=False), gather=gather
-    )
-
-
-def _gives_iterators(loop: Any) -> bool:
-    return type(loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
-
-
-def _autocast(context: Callable[[], AbstractContextManager[Any]]) -> dict[str, str] | None:
-    """What autocast the precision plugin enters, read off from inside it."""
-    with context():
-        for device in ("cuda", "cpu"):
-            if torch.is_autocast_enabled(device):
-                dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
-                return {"autocast_device": device, "autocast_dtype": dtype}
-    return None

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nanguard.patches import Patches
+from nanguard.peers import Peers
 from nanguard.values import Undo
 
 __all__ = [
     "IGNORED",
+    "autocast",
+    "gives_iterators",
     "hold_schedulers",
+    "is_users_hook",
     "optimizer_progress",
+    "peers_of",
     "quiet",
     "save_manual",
     "save_results",
@@ -120,6 +126,42 @@ def validated_values(trainer: Any) -> list[tuple[str, Tensor]]:
     """What ``self.log`` has accumulated in the validation loop, but for metrics; relies on ``val_loop._results``."""
     results = trainer.fit_loop.epoch_loop.val_loop._results
     return [(str(metric.meta.name), metric.value) for metric in results.values() if metric.is_tensor]
+
+
+def is_users_hook(module: Any, name: str) -> bool:
+    """Whether the module overrides a hook of LightningModule."""
+    home = getattr(getattr(type(module), name, None), "__module__", "")
+    return not home.startswith(("lightning.", "pytorch_lightning."))
+
+
+def peers_of(trainer: Any) -> Peers:
+    """The processes that train together, by the collectives of the Trainer's strategy."""
+    strategy = trainer.strategy
+
+    def gather(number: int) -> list[int]:
+        numbers: list[int] = (
+            strategy.all_gather(torch.tensor(int(number), device=strategy.root_device)).reshape(-1).tolist()
+        )
+        return numbers
+
+    return Peers(
+        rank=trainer.global_rank, any=lambda flag: strategy.reduce_boolean_decision(flag, all=False), gather=gather
+    )
+
+
+def gives_iterators(loop: Any) -> bool:
+    """Whether a loop gives its step an iterator, from which the step fetches for itself; relies on ``_data_fetcher``."""
+    return type(loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
+
+
+def autocast(context: Callable[[], AbstractContextManager[Any]]) -> dict[str, str] | None:
+    """What autocast the precision plugin enters, read off from inside it."""
+    with context():
+        for device in ("cuda", "cpu"):
+            if torch.is_autocast_enabled(device):
+                dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+                return {"autocast_device": device, "autocast_dtype": dtype}
+    return None
 
 
 @contextmanager

@@ -47,6 +47,7 @@ ROOMS = [
         "peers",
         "budget",
         "window",
+        "examination",
         "validation",
     ),
     *("guard", "report", "trainer_state", "session", "lightning", "environment", "pytest_plugin", "cli", "__main__"),

@@ -255,6 +255,21 @@ def test_no_hook_stays(tmp_path: Path, action: str) -> None:
     assert hooks_of(model) == []
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5, "max_epochs": 2}],
+    ids=["bf16", "accumulation", "clipping"],
+)
+def test_watched_runs_of_every_kind_are_bit_identical(tmp_path: Path, options: dict[str, Any]) -> None:
+    for optimizer in ("sgd", "lbfgs")[: 1 if "gradient_clip_val" not in options else 2]:
+        run = fit(
+            tmp_path, lambda kind=optimizer: Net(kind, "step"), rows(5, [3]), watched(tmp_path, "skip_step"), **options
+        )
+        reference = fit(tmp_path, lambda kind=optimizer: Net(kind, "step"), rows(5, [3]), policy(tmp_path), **options)
+        assert len(run.incidents) == len(reference.incidents) > 0
+        assert_same(run, reference)
+
+
 def test_the_diagnosis_finds_what_it_finds_without_hooks(tmp_path: Path) -> None:
     (with_hooks,) = fit(tmp_path, Net, rows(4, [2], "gradient"), watched(tmp_path, "skip_step")).incidents
     (without,) = fit(tmp_path, Net, rows(4, [2], "gradient"), policy(tmp_path)).incidents

@@ -52,7 +52,7 @@ class ModuleWatch:
         self._clear()
 
     def _clear(self) -> None:
-        self._micro = -1
+        self._micro = 0
         self._calls: list[Call] = []
         self._events: list[Event] = []
         self._stack: list[Call] = []
@@ -78,7 +78,7 @@ class ModuleWatch:
         """Before each micro-batch; the `first` of a window decides whether the whole of it is watched."""
         if first:
             self.on = bool(self._modules) and next(self._windows) % self._options.every_n_steps == 0
-        self._micro += 1
+        self._micro = 0 if first else self._micro + 1
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -106,8 +106,7 @@ class ModuleWatch:
             handle.remove()
         self._handles, self._nodes, self._installed = [], [], False
         self._patches.undo()
-        if self._micro >= 0:
-            self._clear()
+        self._clear()
         self.on = False
 
     # -- what was measured
