@@ -51,11 +51,18 @@ def plain_step(case: Case, model: nn.Module, batch: Batch, around: Callable[[], 
     return step
 
 
-def guarded_step(case: Case, model: nn.Module, batch: Batch, around: Callable[[], AbstractContextManager[Any]]) -> Step:
-    """The same step under a guard with the default policy; the context is around the forward pass."""
+def guarded_step(
+    case: Case,
+    model: nn.Module,
+    batch: Batch,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    **sections: Any,
+) -> Step:
+    """The same step under a guard with the default policy but for `sections`; the context is around the forward pass."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    guard = Guard(Policy(), model)
+    guard = Guard(Policy(**sections), model)
+    guard.start()
     count = 0
 
     def step() -> None:
@@ -66,7 +73,7 @@ def guarded_step(case: Case, model: nn.Module, batch: Batch, around: Callable[[]
             loss = case.loss(model, batch)
         guard.saw_loss(loss)
         loss.backward()
-        ruling = guard.judge(parameters)
+        ruling = guard.judge(parameters, optimizer=optimizer)
         if ruling.action != "proceed":
             raise RuntimeError(f"a healthy step was refused: {ruling}")
         optimizer.step()
@@ -82,8 +89,14 @@ def ways(case: Case) -> dict[str, Step]:
     steps = {
         "bare": plain_step(case, copy.deepcopy(model), batch, nullcontext),
         "bare, again": plain_step(case, copy.deepcopy(model), batch, nullcontext),
-        "nanguard": guarded_step(case, copy.deepcopy(model), batch, nullcontext),
+        "nanguard": guarded_step(case, copy.deepcopy(model), batch),
         "nanguard, stabiliser always on": guarded_step(case, copy.deepcopy(model), batch, nanguard.stabilize),
+        "nanguard, all modules watched, every 50th step": guarded_step(
+            case, copy.deepcopy(model), batch, watch={"modules": ["*"]}
+        ),
+        "nanguard, all modules watched, every step": guarded_step(
+            case, copy.deepcopy(model), batch, watch={"modules": ["*"], "every_n_steps": 1}
+        ),
         "detect_anomaly": plain_step(
             case, copy.deepcopy(model), batch, lambda: torch.autograd.set_detect_anomaly(True)
         ),

@@ -12,7 +12,7 @@ What happens to one optimizer step:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
@@ -23,18 +23,22 @@ from torch.nn.parameter import is_lazy
 
 from nanguard.archive import Archive, Circumstances
 from nanguard.budget import SkipBudget
-from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnose, suspects
+from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun
+from nanguard.examination import Examination, incident_of
 from nanguard.incident import Action, Advice, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
-from nanguard.moving import MovingParameters, ParameterSnapshot
+from nanguard.lead_up import LeadUp
+from nanguard.moving import MovingParameters
+from nanguard.observer import Observer
 from nanguard.peers import Peers
-from nanguard.policy import Policy
+from nanguard.policy import Policy, RuleAction
 from nanguard.rng import RngState
 from nanguard.sentinel import norms
-from nanguard.telling import tell_advice, tell_incident, tell_swap
-from nanguard.transaction import OptimizerSnapshot, Transaction
-from nanguard.watch import UnstableOpsWatch
-from nanguard.window import Attempt, Moment, alarm, figures, first_suspect, gradients_of
+from nanguard.stabilizing import StepStabilizer
+from nanguard.telling import tell_incident
+from nanguard.transaction import Transaction
+from nanguard.watching import Sighting
+from nanguard.window import Attempt, Moment, Window, figures, first_suspect, gradients_of
 
 __all__ = ["Guard", "Moment", "Ruling"]
 
@@ -50,11 +54,6 @@ class Ruling:
 
 
 _PROCEED = Ruling("proceed")
-
-_SCALER_ADVICE = (
-    "Without the loss scale the gradients are finite, so they overflow in half precision only. Lower the learning rate or "
-    "the initial scale, or train in bfloat16."
-)
 
 
 @final
@@ -89,18 +88,13 @@ class Guard:
         self.advice: list[Advice] = [] if advice is None else advice
         self._module = module
         self._transaction = transaction or Transaction(module, moving=MovingParameters(module))
-        self._rerun = rerun
+        self._examine = Examination(policy.diagnosis, module, self._transaction, rerun)
         self._peers = peers
         self._archive = Archive(policy, module, circumstances)
-        self._watch = UnstableOpsWatch()
-        self._stabilize = _stabilizer(policy, self.swaps, self.advice)
-        self._told = len(self.swaps)
-        self._advised = len(self.advice)
+        self._stabilizer = StepStabilizer(policy.stabilize, self.swaps, self.advice)
         self._inputs = InputKeeper()
-        self._window: list[Attempt] = []
-        self._moved: OptimizerSnapshot | None = None
-        self._left: ParameterSnapshot | None = None
-        self._healthy: MicroBatch | None = None
+        self._observer = Observer(module, policy.watch)
+        self._window = Window(self._transaction)
         self._scaler_streak = 0
         self._budget = SkipBudget(policy.budget)
         self.dropping = False
@@ -108,14 +102,22 @@ class Guard:
     @property
     def pending(self) -> bool:
         """Whether micro-batches wait for the optimizer."""
-        return bool(self._window) and not self.dropping
+        return bool(self._window.attempts) and not self.dropping
 
     @property
     def forward_only(self) -> bool:
         """Whether micro-batches wait for an optimizer that none of them has any gradients for."""
-        return self.pending and all(attempt.loss is None for attempt in self._window)
+        return self.pending and all(attempt.loss is None for attempt in self._window.attempts)
 
     # -- before and during the step
+
+    def start(self) -> None:
+        """The fit begins. Raises `PolicyError` where ``watch.modules`` holds a pattern that matches no module."""
+        self._observer.start()
+
+    def close(self) -> None:
+        """The fit is over, however it ended: no hook stays."""
+        self._observer.close()
 
     def begin(
         self,
@@ -137,50 +139,50 @@ class Guard:
         """
         if self.dropping:  # the rest of a window that is left out
             return
-        stabilized = self._stabilize is not None and self._watch.needed
+        self._observer.begin(moment.step, first=not self._window.attempts)
         kept = self._inputs.keep(args)
-        micro = MicroBatch(moment.batch_idx, kept, self._transaction.savepoint(), indices, stabilized)
-        self._window.append(Attempt(moment, micro, micro.before, rewind))
-        optimizers = list(optimizers)
-        if optimizers and self._moved is None and (self.policy.may_continue() or self.policy.stores_weights()):
-            self._moved = OptimizerSnapshot(optimizers)
+        micro = MicroBatch(moment.batch_idx, kept, self._transaction.savepoint(), indices, self._stabilizer.needed)
+        self._window.attempts.append(Attempt(moment, micro, micro.before, rewind))
+        if self.policy.may_continue() or self.policy.stores_weights():
+            self._window.follow(list(optimizers))
 
     def starts_here(self) -> None:
         """The step begins only now: what happened since `begin` is undone by a skip, but is no part of the step itself."""
-        if self._window:
-            attempt = self._window[-1]
+        if self._window.attempts:
+            attempt = self._window.attempts[-1]
             attempt.micro = replace(attempt.micro, before=self._transaction.savepoint())
 
     def stabilizing(self, micro: MicroBatch | None = None) -> AbstractContextManager[Any]:
         """What the forward pass of the present micro-batch runs in, or that of an earlier one which is run again."""
+        again = micro is not None
         if micro is None and self._window:
-            micro = self._window[-1].micro
-        on = self._stabilize is not None and (micro is None or micro.stabilized)
-        return self._stabilize if on else nullcontext()
+            micro = self._window.attempts[-1].micro
+        off = micro is not None and not micro.stabilized
+        around = nullcontext() if off else self._stabilizer.around or nullcontext()
+        return around if again or self.dropping else self._observer.around(around)
 
     def saw_loss(self, loss: Tensor) -> None:
         """Takes note of the loss before the backward pass; no synchronisation."""
-        if self._window:
-            self._window[-1].loss = loss.detach()
-        if self._stabilize is not None:
-            self._watch.look(loss)
-            self._tell_swaps()
+        if self._window.attempts:
+            self._window.attempts[-1].loss = loss.detach()
+        self._stabilizer.saw_loss(loss)
 
     def saw_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Takes note of the gradients accumulated so far, so that the micro-batch at fault can be told; no synchronisation."""
-        if self._window:
-            self._window[-1].norms = norms(gradients_of(parameters))
+        if self._window.attempts:
+            self._window.attempts[-1].norms = norms(gradients_of(parameters))
 
     # -- the decision
 
-    def judge(self, parameters: Iterable[Tensor], *, scaler: Any = None) -> Ruling:
+    def judge(self, parameters: Iterable[Tensor], *, scaler: Any = None, optimizer: Any = None) -> Ruling:
         """Whether the optimizer may use these gradients.
 
         Args:
             parameters: those that the optimizer is about to step.
             scaler: the GradScaler that will skip non-finite gradients by itself, if there is one.
+            optimizer: the optimizer itself, where it is known; its learning rates are followed.
         """
-        if not self._window:
+        if not self._window.attempts:
             return _PROCEED
         if self.dropping:
             return Ruling("skip_step", self.incidents[-1])
@@ -188,17 +190,23 @@ class Guard:
         parameters = list(parameters)
         gradients = gradients_of(parameters)
         found = None
-        if alarm(self._window, gradients, self._window[-1].micro.before.statistics):
-            found = first_suspect(self._window, gradients)
+        statistics = self._window.attempts[-1].micro.before.statistics
+        if self._observer.suspicious(self._window.attempts, gradients, statistics, parameters, optimizer, scaler):
+            found = first_suspect(self._window.attempts, gradients)
+            if found is None:
+                self._observer.false_alarm(gradients, optimizer)
         if scaler is not None and (found is None or found[1] == "gradients"):
             found = self._judge_scaler(scaler, found)
+        if found is None and (position := self._observer.bad_micro_batch()) is not None:
+            found = self._window.attempts[position], "activations"
         bad = found is not None
         if self._peers is not None:
             bad = self._peers.any(bad)
         if not bad:
             return _PROCEED
-        attempt, trigger = found or (self._window[-1], "gradients")
-        return self._rule(attempt, trigger, parameters, self._elsewhere(found))
+        attempt, trigger = found or (self._window.attempts[-1], "gradients")
+        lead_up = self._observer.lead_up(parameters, optimizer)
+        return self._rule(attempt, trigger, parameters, self._elsewhere(found), lead_up)
 
     def _elsewhere(self, found: tuple[Attempt, Trigger] | None) -> int | None:
         if self._peers is None:
@@ -214,145 +222,71 @@ class Guard:
         limits = self.policy.scaler
         if self._scaler_streak >= limits.max_consecutive_skips or float(scaler.get_scale()) < limits.min_scale:
             return found[0], "scaler"
+        self._observer.left_out()
         return None
 
-    def _rule(self, attempt: Attempt, trigger: Trigger, parameters: list[Tensor], elsewhere: int | None) -> Ruling:
-        found = self._diagnose(attempt, trigger, elsewhere)
+    def _rule(
+        self,
+        attempt: Attempt,
+        trigger: Trigger,
+        parameters: list[Tensor],
+        elsewhere: int | None,
+        lead_up: LeadUp,
+    ) -> Ruling:
+        position, loss = self._window.attempts.index(attempt), trigger == "loss"
+        sighting = self._observer.sighting(position, loss_finite=not loss) if elsewhere is None else None
+        with self._observer.paused():
+            found = self._examine(attempt, trigger, sighting) if elsewhere is None else Diagnosis()
         if self._peers is not None:
             elsewhere = self._peers.reproducing(found.verdict == "reproduced", elsewhere)
-            found = Diagnosis() if elsewhere is not None else found
+            trigger = self._peers.told(trigger, elsewhere)
+            if elsewhere is not None:
+                found, sighting = Diagnosis(), None
         moment = attempt.moment
         action = self.policy.action(trigger=trigger, cause=found.cause, step=moment.step)
         if self._peers is not None:
             action = self._peers.agreed(action, elsewhere)
         action, remark = self._budget.spend(action)
         if elsewhere is None:
-            details = [figures(attempt, parameters, self._module), remark]
-            if self._inputs.learn():
-                details.append("the step has written into its batch, which is captured as the step left it")
+            details = [*self._details(attempt, parameters, sighting), remark]
         else:
             details = [f"it began on rank {elsewhere}, which has the batch; this rank was given its gradients", remark]
-        incident = Incident(
-            step=moment.step,
-            epoch=moment.epoch,
-            batch_idx=moment.batch_idx,
-            rank=moment.rank if elsewhere is None else elsewhere,
-            trigger=trigger,
-            origin=found.origin,
-            cause=found.cause,
-            samples=found.samples,
-            dataset_indices=_picked(attempt.micro, found.samples),
-            verdict=found.verdict,
-            advice=found.advice,
-            action=_DONE[action],
-            detail="; ".join(filter(None, details)),
-        )
+            moment = replace(moment, rank=elsewhere)
+        incident = incident_of(moment, attempt.micro, trigger, found, _DONE[action], details, lead_up, sighting)
         if elsewhere is None:
-            incident = self._store(incident, attempt)
+            with self._window.before(attempt):
+                incident = self._archive.store(incident, attempt.micro, attempt.loss)
         self.incidents.append(incident)
+        return self._carry_out(action, incident)
+
+    def _details(self, attempt: Attempt, parameters: list[Tensor], sighting: Sighting | None) -> Iterator[str]:
+        yield figures(attempt, parameters, self._module)
+        yield sighting.detail if sighting is not None else ""
+        if self._inputs.learn():
+            yield "the step has written into its batch, which is captured as the step left it"
+
+    def _carry_out(self, action: RuleAction, incident: Incident) -> Ruling:
         if action != "record":
-            self.restore()
+            self._window.restore()
             self.dropping = action != "raise"
         if self.dropping:
-            self._left = ParameterSnapshot([p for p in self._module.parameters() if not is_lazy(p)])
+            self._window.hold([p for p in self._module.parameters() if not is_lazy(p)])
         if action != "raise":
             tell_incident(incident)
         return Ruling(action, incident)
-
-    def _store(self, incident: Incident, attempt: Attempt) -> Incident:
-        """Captures the step from the state before it, and comes back to the state after it."""
-        after = self._transaction.savepoint()
-        moved = OptimizerSnapshot(self._moved.optimizers) if self._moved is not None else None
-        try:
-            attempt.micro.before.restore()
-            if self._moved is not None:
-                self._moved.restore()
-            return self._archive.store(incident, attempt.micro, attempt.loss)
-        finally:
-            if moved is not None:
-                moved.restore()
-            after.restore()
-            after.release()
-
-    def _diagnose(self, attempt: Attempt, trigger: Trigger, elsewhere: int | None) -> Diagnosis:
-        options = self.policy.diagnosis
-        if not options.enabled or elsewhere is not None:
-            return Diagnosis()
-        try:
-            return self._autopsy(attempt, trigger)
-        except Exception as error:  # whatever is wrong with the diagnosis, the incident is worth more
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-            return Diagnosis(advice=f"The diagnosis itself failed: {reason}")
-
-    def _autopsy(self, attempt: Attempt, trigger: Trigger) -> Diagnosis:
-        options = self.policy.diagnosis
-        if self._rerun is None:
-            return suspects(self._module, attempt.micro.args, self._transaction.buffers(attempt.micro.before))
-        found = diagnose(
-            attempt.micro,
-            self._rerun,
-            healthy=self._healthy,
-            samples=options.samples,
-            counterfactual=options.counterfactuals,
-        )
-        if trigger == "scaler" and found.verdict == "transient":
-            return Diagnosis(advice=_SCALER_ADVICE)
-        return found
 
     # -- after the step
 
     def restore(self) -> None:
         """Puts everything back to before the window's first micro-batch. May be called again after more has happened."""
-        first = self._window[0]
-        first.undo.restore()
-        if first.rewind is not None:
-            first.rewind.restore()
-        if self._moved is not None:
-            self._moved.restore()
-        # What hooks and callbacks do to parameters after the step was left out must not stay either.
-        if self._left is not None:
-            self._left.restore()
+        self._window.restore()
 
     def end_window(self) -> None:
         """Forgets the window: its step was taken, or left out for good."""
-        if not self.dropping and self._window:
+        if not self.dropping and self._window.attempts:
             self._budget.healthy_step()
-            self._healthy = self._window[-1].micro if self._rerun is not None else None
-        for attempt in self._window:
-            attempt.undo.release()
-            attempt.micro.before.release()
+            self._examine.was_healthy(self._window.attempts[-1].micro)
+        self._observer.end(skipped=self.dropping)
+        self._window.close()
         self._inputs.learn()
-        self._window.clear()
-        self._moved = None
-        self._left = None
         self.dropping = False
-
-    def _tell_swaps(self) -> None:
-        for swap in self.swaps[self._told :]:
-            self._told += 1
-            tell_swap(swap)
-        for advice in self.advice[self._advised :]:
-            self._advised += 1
-            tell_advice(advice)
-
-
-def _stabilizer(policy: Policy, swaps: list[Swap], advice: list[Advice]) -> Any:
-    if not policy.stabilize.enabled:
-        return None
-    from nanguard.stabilizer import stabilize
-
-    options = policy.stabilize
-    return stabilize(options.epsilon, saturated=options.saturated, swaps=swaps, advice=advice)
-
-
-def _picked(micro: MicroBatch, samples: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    indices = micro.indices
-    if indices is None or samples is None:
-        return None
-    if len(indices) == 1:
-        return indices
-    if batch_size(micro.args[0], len(indices)) != len(
-        indices
-    ):  # collation made another number of rows of these samples
-        return None
-    return tuple(indices[position] for position in samples)

@@ -11,6 +11,8 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from nanguard.lead_up import LeadUp
+
 __all__ = ["Action", "Advice", "Cause", "Incident", "Origin", "Phase", "Swap", "TensorStats", "Trigger", "Verdict"]
 
 Trigger = Literal["loss", "gradients", "parameters", "inputs", "activations", "scaler"]
@@ -148,6 +150,8 @@ class Incident:
         capture: path of the captured batch, or `None`.
         replay: the exact command that replays the capture, or `None`.
         detail: figures worth reading, such as ``loss=nan``.
+        lead_up: the steps before it, or `None` where they were not followed.
+        activations: what the outputs of the watched modules looked like in that step, in forward order.
     """
 
     step: int
@@ -165,6 +169,8 @@ class Incident:
     capture: str | None = None
     replay: str | None = None
     detail: str = ""
+    lead_up: LeadUp | None = field(default=None, repr=False)
+    activations: tuple[TensorStats, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         return self.render()
@@ -190,6 +196,9 @@ class Incident:
         if origin is not None:
             stats = tuple(_build(TensorStats, _numbers(entry)) for entry in origin.get("operands", ()))
             values["origin"] = _build(Origin, {**origin, "operands": stats})
+        if data.get("lead_up") is not None:
+            values["lead_up"] = LeadUp.from_dict(data["lead_up"])
+        values["activations"] = tuple(_build(TensorStats, _numbers(entry)) for entry in data.get("activations", ()))
         incident: Incident = _build(cls, values)
         return incident
 
@@ -203,6 +212,7 @@ _NOTICED = {
     "loss": "the loss",
     "gradients": "a gradient",
     "parameters": "parameters or running statistics",
+    "activations": "an activation of a watched module",
     "scaler": "scaled gradients, again and again,",
 }
 
@@ -214,6 +224,7 @@ def _lines(incident: Incident) -> list[str]:
     lines = [f"non-finite values in {_NOTICED.get(incident.trigger, incident.trigger)} at {where} ({incident.action})"]
     rows = [
         ("found", incident.detail),
+        ("lead-up", incident.lead_up.summary() if incident.lead_up is not None else None),
         ("origin", _origin_line(incident.origin)),
         ("code", incident.origin.code if incident.origin else None),
         *(("operand", str(stats)) for stats in (incident.origin.operands if incident.origin else ())),

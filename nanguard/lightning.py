@@ -110,6 +110,11 @@ class NanGuard(Callback):
             trainer.callbacks = others
         self._found, self._ordered = [], []
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finds the modules that the policy watches, which all exist now."""
+        if self._session is not None:
+            self._session.guard.start()
+
     # -- one batch
 
     def on_train_batch_start(
@@ -147,6 +152,33 @@ class NanGuard(Callback):
         """Finishes a skip: what follows must find everything as if the batch had never been."""
         if self._session is not None:
             self._session.settle()
+
+    # -- validation
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Saves the state before the step, where the policy watches the validation."""
+        if self._session is not None:
+            self._session.begin_validation(batch, batch_idx, dataloader_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Looks at what the step gave."""
+        if self._session is not None:
+            self._session.end_validation(outputs, batch_idx, dataloader_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Processes that validate together decide together."""
+        if self._session is not None:
+            self._session.finish_validation()
 
 
 def _first(callbacks: list[Callback], guard: Callback) -> list[Callback]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final, get_args
 
+from nanguard.incident import Trigger
 from nanguard.policy import RuleAction
 
 __all__ = ["Peers"]
@@ -50,6 +51,12 @@ class Peers:
         if not any(flags):
             return elsewhere
         return None if flags[self.rank] else flags.index(1)
+
+    def told(self, trigger: Trigger, elsewhere: int | None) -> Trigger:
+        """What noticed it on the rank where it began."""
+        triggers: tuple[Trigger, ...] = get_args(Trigger)
+        votes = self.gather(triggers.index(trigger))
+        return trigger if elsewhere is None else triggers[votes[elsewhere]]
 
     def agreed(self, action: RuleAction, elsewhere: int | None) -> RuleAction:
         """The action of the lowest rank where it began; only that rank knows the cause."""

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, 
 
 from nanguard.errors import PolicyError
 from nanguard.incident import Cause, Trigger
-from nanguard.policy_errors import check_keys, describe
+from nanguard.policy_errors import check_keys, describe, pattern_problem
 
-__all__ = ["Budget", "Policy", "Rule", "RuleAction", "When", "load_policy", "with_overrides"]
+__all__ = ["Budget", "Policy", "Rule", "RuleAction", "Watch", "When", "load_policy", "with_overrides"]
 
 _CONSTRUCTOR = "Policy(...)"
 
@@ -118,6 +118,39 @@ class Diagnosis(_Section):
     counterfactuals: StrictBool = True
 
 
+class Watch(_Section):
+    """Hooks on modules, and the validation step.
+
+    Attributes:
+        modules: patterns over the qualified names of modules, as those of a shell (``decoder.*``, ``*`` for all, ``""`` for the
+            root where it is called); each must match when the fit begins.
+        every_n_steps: the modules are watched in the first optimizer step, and in every so many-th after it.
+        validation: whether what `validation_step` returns and logs is looked at, too.
+        infinities: which infinities in activations count as bad beside NaN. ``positive`` is the default, because -inf is how
+            masks are written; ``none`` is for models that use +inf on purpose, too; ``all`` counts both. In gradients both do.
+    """
+
+    modules: tuple[str, ...] = ()
+    every_n_steps: int = Field(default=50, ge=1)
+    validation: StrictBool = False
+    infinities: Literal["none", "positive", "all"] = "positive"
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("modules")
+    @classmethod
+    def _patterns(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in modules:
+            if problem := pattern_problem(pattern):
+                raise ValueError(
+                    f"found {pattern!r}, {problem}; expected a pattern over qualified names of modules, such as 'decoder.*'"
+                )
+        return modules
+
+
 class CapturePolicy(_Section):
     """What is written to disk.
 
@@ -164,6 +197,7 @@ class Policy(_Section):
     accumulation: Literal["window"] = "window"
     hold_global_step: StrictBool = False
     diagnosis: Diagnosis = Diagnosis()
+    watch: Watch = Watch()
     capture: CapturePolicy = CapturePolicy()
     scaler: Scaler = Scaler()
 

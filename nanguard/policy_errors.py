@@ -11,12 +11,11 @@ from pydantic import BaseModel, ValidationError
 
 from nanguard.errors import PolicyError
 
-__all__ = ["PLANNED", "check_keys", "describe", "read_yaml"]
+__all__ = ["PLANNED", "check_keys", "describe", "pattern_problem", "read_yaml"]
 
 # Names that the policy format reserves and this version does not act on yet: key -> what to do meanwhile.
 PLANNED = {
     "rollback": "use skip_step, or remove the key",
-    "watch": "remove the key",
     "checkpoint_gate": "remove the key",
     "resume": "remove the key",
 }
@@ -49,6 +48,19 @@ def describe(error: ValidationError, model: type[BaseModel], where: str) -> str:
     entries = [_entry(item, model) for item in error.errors(include_url=False)]
     head = f"{where}: {len(entries)} thing{'s' if len(entries) > 1 else ''} in this policy cannot be used"
     return "\n".join([head, *(f"  {entry}" for entry in entries)])
+
+
+def pattern_problem(pattern: str) -> str:
+    """What keeps a text from matching any module's name, in a few words; empty where nothing does."""
+    if pattern != pattern.strip():
+        return "with spaces around it"
+    if any(character.isspace() for character in pattern):
+        return "with spaces in it"
+    if pattern.startswith(".") or pattern.endswith(".") or ".." in pattern:
+        return "with an empty name between its dots"
+    if pattern.count("[") != pattern.count("]"):
+        return "with a bracket that is not closed"
+    return ""
 
 
 def _entry(item: Any, model: type[BaseModel]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -13,17 +13,31 @@ from torch import Tensor
 
 from nanguard.archive import Circumstances
 from nanguard.diagnosis import MicroBatch, Rerun
-from nanguard.errors import NanGuardError, NanGuardWarning, NonFiniteError
+from nanguard.errors import NanGuardWarning, NonFiniteError
 from nanguard.guard import Guard, Moment
 from nanguard.incident import Advice, Incident, Swap
 from nanguard.moving import MovingParameters
 from nanguard.patches import Patches
-from nanguard.peers import Peers
 from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sampling import SampleRecord
-from nanguard.trainer_state import IGNORED, hold_schedulers, quiet, save_manual, save_progress, save_results
+from nanguard.trainer_state import (
+    IGNORED,
+    circumstances,
+    gives_iterators,
+    hold_schedulers,
+    is_users_hook,
+    loss_of_step,
+    peers_of,
+    quiet,
+    refuse_engines,
+    save_manual,
+    save_progress,
+    save_results,
+    validated_values,
+)
 from nanguard.transaction import Transaction
+from nanguard.validation import ValidationWatch, validation_arguments
 from nanguard.values import Undo
 
 __all__ = ["Session", "SkipStep"]
@@ -59,7 +73,7 @@ class Session:
         swaps: list[Swap],
         advice: list[Advice],
     ) -> None:
-        _refuse_engines(trainer)
+        refuse_engines(trainer)
         self._trainer = trainer
         self._module = module
         self._policy = policy
@@ -74,8 +88,9 @@ class Session:
         self._arguments = 0
         self._step_before = 0
         self._warned = False
-        self._own_start = _is_users_hook(module, "on_train_batch_start")
+        self._own_start = is_users_hook(module, "on_train_batch_start")
         self.guard = self._make_guard(incidents, swaps, advice)
+        self._validation = self._make_validation(incidents) if policy.watch.validation else None
         self._wrap()
 
     def _make_guard(self, incidents: list[Incident], swaps: list[Swap], advice: list[Advice]) -> Guard:
@@ -84,7 +99,7 @@ class Session:
         if not module.automatic_optimization:
             participants.append(lambda: save_manual(trainer))
         transaction = Transaction(module, ignored=IGNORED, participants=participants, moving=MovingParameters(module))
-        peers = _peers(trainer) if trainer.world_size > 1 else None
+        peers = peers_of(trainer) if trainer.world_size > 1 else None
         rerun = None
         # Under DDP each process holds the whole model; where it is sharded, one process cannot run it alone.
         alone = peers is None or type(trainer.strategy).__name__ == "DDPStrategy"
@@ -101,6 +116,10 @@ class Session:
             swaps=swaps,
             advice=advice,
         )
+
+    def _make_validation(self, incidents: list[Incident]) -> ValidationWatch:
+        peers = peers_of(self._trainer) if self._trainer.world_size > 1 else None
+        return ValidationWatch(self._policy, self._module, self._circumstances, incidents, peers, IGNORED)
 
     # -- wrapping
 
@@ -122,6 +141,7 @@ class Session:
             handle.remove()
         self._handles.clear()
         self._held.undo()
+        self.guard.close()
         self._samples.close()
         self._patches.undo()
 
@@ -160,7 +180,7 @@ class Session:
 
     def _stepped_past_lightning(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Before a step in manual optimization that evades Lightning's hooks, as `opt.optimizer.step()` does."""
-        if not self._inside and not self._decide(_parameters(optimizer)):
+        if not self._inside and not self._decide(_parameters(optimizer), optimizer):
             optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing
 
     def _processing(self, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -186,8 +206,8 @@ class Session:
         trainer = self._trainer
         self._judged = False
         self._step_before = trainer.global_step
-        self._own_start = _is_users_hook(self._module, "on_train_batch_start")
-        self._streaming = _gives_iterators(trainer)
+        self._own_start = is_users_hook(self._module, "on_train_batch_start")
+        self._streaming = gives_iterators(trainer.fit_loop)
         if not self._handles and not self._module.automatic_optimization:
             self._handles = [o.register_step_pre_hook(self._stepped_past_lightning) for o in trainer.optimizers]
         args: tuple[Any, ...] = ()
@@ -199,7 +219,7 @@ class Session:
             indices, rewind = self._samples.next_batch()
         self._progress = save_progress(trainer) if self._policy.hold_global_step else None
         self.guard.begin(
-            Moment(trainer.global_step, trainer.current_epoch, batch_idx, trainer.global_rank),
+            self._moment(batch_idx),
             args,
             indices=indices,
             rewind=rewind,
@@ -220,12 +240,13 @@ class Session:
     def judge(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the optimizer uses the gradients."""
         self._judged = True
-        if not self._decide(_parameters(optimizer)):
+        if not self._decide(_parameters(optimizer), optimizer):
             raise SkipStep
 
-    def _decide(self, parameters: list[Tensor]) -> bool:
+    def _decide(self, parameters: list[Tensor], optimizer: Any = None) -> bool:
         """Whether the gradients of these parameters may be used."""
-        ruling = self.guard.judge(parameters, scaler=getattr(self._trainer.precision_plugin, "scaler", None))
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        ruling = self.guard.judge(parameters, scaler=scaler, optimizer=optimizer)
         if ruling.action == "raise" and ruling.incident is not None:
             raise NonFiniteError(ruling.incident)
         self._trainer.should_stop |= ruling.action == "stop"
@@ -268,29 +289,36 @@ class Session:
                 self.guard.end_window()
                 self._held.undo()
 
+    # -- validation
+
+    def begin_validation(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """Before a validation step."""
+        if self._validation is not None and not gives_iterators(self._trainer.fit_loop.epoch_loop.val_loop):
+            self._validation.begin(validation_arguments(self._module, batch, batch_idx, dataloader_idx))
+
+    def end_validation(self, output: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """After a validation step."""
+        if self._validation is not None:
+            place = f" of loader {dataloader_idx}" if dataloader_idx else ""
+            logged = validated_values(self._trainer)
+            self._trainer.should_stop |= self._validation.end(self._moment(batch_idx), output, logged, place)
+
+    def finish_validation(self) -> None:
+        """After the last validation step."""
+        if self._validation is not None:
+            self._trainer.should_stop |= self._validation.finish(self._moment(0))
+
+    def _moment(self, batch_idx: int) -> Moment:
+        trainer = self._trainer
+        return Moment(trainer.global_step, trainer.current_epoch, batch_idx, trainer.global_rank)
+
     # -- a second run of the step
 
     def _step(self, *args: Any) -> Any:
-        output = self._module.training_step(*args)
-        loss = output.get("loss") if isinstance(output, dict) else output
-        if not isinstance(loss, Tensor):
-            return None
-        parts = self._trainer.accumulate_grad_batches
-        return loss / parts if parts > 1 else loss  # a division that the user did not write could be blamed
+        return loss_of_step(self._trainer, self._module, args)
 
     def _circumstances(self) -> Circumstances | None:
-        if self._streaming:
-            return None
-        trainer, plugin = self._trainer, self._trainer.precision_plugin
-        scaler = getattr(plugin, "scaler", None)
-        return Circumstances(
-            optimizers=tuple(trainer.optimizers),
-            precision=_autocast(plugin.forward_context),
-            scale=float(scaler.get_scale()) if scaler is not None else None,
-            accumulate=trainer.accumulate_grad_batches,
-            hparams=dict(self._module.hparams),
-            trainer={"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps},
-        )
+        return None if self._streaming else circumstances(self._trainer, self._module)
 
 
 _UNASKED = (
@@ -301,46 +329,3 @@ _UNASKED = (
 
 def _parameters(optimizer: Any) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _refuse_engines(trainer: Any) -> None:
-    name = type(trainer.strategy).__name__
-    if "DeepSpeed" in name:
-        raise NanGuardError(
-            f"NanGuard: found the strategy {name}, whose engine steps the optimizer by itself; expected one that steps through "
-            "Lightning (DDP, FSDP, a single device). Remove the callback, or use FSDP"
-        )
-
-
-def _is_users_hook(module: Any, name: str) -> bool:
-    """Whether the module overrides a hook of LightningModule."""
-    home = getattr(getattr(type(module), name, None), "__module__", "")
-    return not home.startswith(("lightning.", "pytorch_lightning."))
-
-
-def _peers(trainer: Any) -> Peers:
-    strategy = trainer.strategy
-
-    def gather(number: int) -> list[int]:
-        numbers: list[int] = (
-            strategy.all_gather(torch.tensor(int(number), device=strategy.root_device)).reshape(-1).tolist()
-        )
-        return numbers
-
-    return Peers(
-        rank=trainer.global_rank, any=lambda flag: strategy.reduce_boolean_decision(flag, all=False), gather=gather
-    )
-
-
-def _gives_iterators(trainer: Any) -> bool:
-    return type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
-
-
-def _autocast(context: Callable[[], AbstractContextManager[Any]]) -> dict[str, str] | None:
-    """What autocast the precision plugin enters, read off from inside it."""
-    with context():
-        for device in ("cuda", "cpu"):
-            if torch.is_autocast_enabled(device):
-                dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
-                return {"autocast_device": device, "autocast_dtype": dtype}
-    return None

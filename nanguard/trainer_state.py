@@ -7,14 +7,35 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from nanguard.archive import Circumstances
+from nanguard.errors import NanGuardError
 from nanguard.patches import Patches
+from nanguard.peers import Peers
 from nanguard.values import Undo
 
-__all__ = ["IGNORED", "hold_schedulers", "optimizer_progress", "quiet", "save_manual", "save_results"]
+__all__ = [
+    "IGNORED",
+    "autocast",
+    "circumstances",
+    "gives_iterators",
+    "hold_schedulers",
+    "is_users_hook",
+    "loss_of_step",
+    "optimizer_progress",
+    "peers_of",
+    "quiet",
+    "refuse_engines",
+    "save_manual",
+    "save_results",
+    "validated_values",
+]
 
 # Attributes through which Lightning ties a module to its Trainer; they are not the module's state.
 IGNORED = (
@@ -104,6 +125,82 @@ def save_progress(trainer: Any) -> Undo:
             vars(tracker).update(values)
 
     return undo
+
+
+def validated_values(trainer: Any) -> list[tuple[str, Tensor]]:
+    """What ``self.log`` has accumulated in the validation loop, but for metrics; relies on ``val_loop._results``."""
+    results = trainer.fit_loop.epoch_loop.val_loop._results
+    return [(str(metric.meta.name), metric.value) for metric in results.values() if metric.is_tensor]
+
+
+def is_users_hook(module: Any, name: str) -> bool:
+    """Whether the module overrides a hook of LightningModule."""
+    home = getattr(getattr(type(module), name, None), "__module__", "")
+    return not home.startswith(("lightning.", "pytorch_lightning."))
+
+
+def peers_of(trainer: Any) -> Peers:
+    """The processes that train together, by the collectives of the Trainer's strategy."""
+    strategy = trainer.strategy
+
+    def gather(number: int) -> list[int]:
+        numbers: list[int] = (
+            strategy.all_gather(torch.tensor(int(number), device=strategy.root_device)).reshape(-1).tolist()
+        )
+        return numbers
+
+    return Peers(
+        rank=trainer.global_rank, any=lambda flag: strategy.reduce_boolean_decision(flag, all=False), gather=gather
+    )
+
+
+def gives_iterators(loop: Any) -> bool:
+    """Whether a loop gives its step an iterator, from which the step fetches for itself; relies on ``_data_fetcher``."""
+    return type(loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
+
+
+def refuse_engines(trainer: Any) -> None:
+    """Raises `NanGuardError` where the strategy is one that a guard cannot work with."""
+    name = type(trainer.strategy).__name__
+    if "DeepSpeed" in name:
+        raise NanGuardError(
+            f"NanGuard: found the strategy {name}, whose engine steps the optimizer by itself; expected one that steps through "
+            "Lightning (DDP, FSDP, a single device). Remove the callback, or use FSDP"
+        )
+
+
+def loss_of_step(trainer: Any, module: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """Calls the training step and returns what Lightning differentiates, if anything."""
+    output = module.training_step(*args)
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        return None
+    parts = trainer.accumulate_grad_batches
+    return loss / parts if parts > 1 else loss  # a division that the user did not write could be blamed
+
+
+def circumstances(trainer: Any, module: Any) -> Circumstances:
+    """What a replay has to know about the run; relies on ``precision_plugin.scaler``, where there is one."""
+    plugin = trainer.precision_plugin
+    scaler = getattr(plugin, "scaler", None)
+    return Circumstances(
+        optimizers=tuple(trainer.optimizers),
+        precision=autocast(plugin.forward_context),
+        scale=float(scaler.get_scale()) if scaler is not None else None,
+        accumulate=trainer.accumulate_grad_batches,
+        hparams=dict(module.hparams),
+        trainer={"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps},
+    )
+
+
+def autocast(context: Callable[[], AbstractContextManager[Any]]) -> dict[str, str] | None:
+    """What autocast the precision plugin enters, read off from inside it."""
+    with context():
+        for device in ("cuda", "cpu"):
+            if torch.is_autocast_enabled(device):
+                dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+                return {"autocast_device": device, "autocast_dtype": dtype}
+    return None
 
 
 @contextmanager

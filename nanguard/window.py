@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from nanguard.diagnosis import MicroBatch
 from nanguard.incident import Trigger
+from nanguard.moving import ParameterSnapshot
 from nanguard.rng import RngState
-from nanguard.sentinel import all_finite, nonfinite_names, norms, small_total
-from nanguard.transaction import Savepoint
+from nanguard.sentinel import all_finite, nonfinite_names
+from nanguard.transaction import OptimizerSnapshot, Savepoint, Transaction
 
-__all__ = ["Attempt", "Moment", "alarm", "figures", "first_suspect", "gradients_of"]
+__all__ = ["Attempt", "Moment", "Window", "figures", "first_suspect", "gradients_of"]
 
 
 @dataclass(frozen=True)
@@ -49,28 +52,67 @@ class Attempt:
     norms: Tensor | None = None
 
 
-def alarm(window: Sequence[Attempt], gradients: list[Tensor], statistics: list[Tensor]) -> bool:
-    """Whether anything may be non-finite: one fused check, one synchronisation. A norm that overflows is a false alarm.
+@final
+class Window:
+    """The micro-batches that wait for one step of an optimizer, and the way back to before them.
 
     Args:
-        window: the micro-batches in order.
-        gradients: what the optimizer is about to use.
-        statistics: running statistics, which a forward pass may spoil although its loss is finite.
+        transaction: saves and restores what a step touches.
+
+    Attributes:
+        attempts: the micro-batches in order.
     """
-    tensors = [*_loss(window[-1]), *gradients, *statistics]
-    if len(window) == 1:
-        total = small_total(tensors)
-        if total is not None:
-            return not math.isfinite(total)
-    rows = [norms(tensors)]
-    for attempt in window[:-1]:
-        rows += [norms(_loss(attempt)), attempt.norms]
-    present = [row for row in rows if row is not None]
-    if not present:
-        return False
-    if len(present) > 1:
-        present = [torch.cat([row.to(present[0].device, torch.float64) for row in present])]
-    return not math.isfinite(sum(present[0].tolist()))  # the synchronisation
+
+    def __init__(self, transaction: Transaction) -> None:
+        self.attempts: list[Attempt] = []
+        self._transaction = transaction
+        self._moved: OptimizerSnapshot | None = None
+        self._held: ParameterSnapshot | None = None
+
+    def follow(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """From now on these optimizers may move parameters, which a return undoes."""
+        if optimizers and self._moved is None:
+            self._moved = OptimizerSnapshot(optimizers)
+
+    def hold(self, parameters: list[Tensor]) -> None:
+        """The step is left out: what hooks and callbacks do to these parameters from now on must not stay, either."""
+        self._held = ParameterSnapshot(parameters)
+
+    def restore(self) -> None:
+        """Puts everything back to before the first micro-batch. May be called again after more has happened."""
+        first = self.attempts[0]
+        first.undo.restore()
+        if first.rewind is not None:
+            first.rewind.restore()
+        if self._moved is not None:
+            self._moved.restore()
+        if self._held is not None:
+            self._held.restore()
+
+    @contextmanager
+    def before(self, attempt: Attempt) -> Iterator[None]:
+        """All is as it was before that micro-batch inside, and afterwards as it is now."""
+        after = self._transaction.savepoint()
+        moved = OptimizerSnapshot(self._moved.optimizers) if self._moved is not None else None
+        try:
+            attempt.micro.before.restore()
+            if self._moved is not None:
+                self._moved.restore()
+            yield
+        finally:
+            if moved is not None:
+                moved.restore()
+            after.restore()
+            after.release()
+
+    def close(self) -> None:
+        """Forgets them all."""
+        for attempt in self.attempts:
+            attempt.undo.release()
+            attempt.micro.before.release()
+        self.attempts.clear()
+        self._moved = None
+        self._held = None
 
 
 def first_suspect(window: Sequence[Attempt], gradients: list[Tensor]) -> tuple[Attempt, Trigger] | None:

@@ -17,6 +17,7 @@ PACKAGE = Path(nanguard.__file__).parent
 ROOMS = [
     *(
         "errors",
+        "lead_up",
         "incident",
         "telling",
         "policy_errors",
@@ -27,6 +28,8 @@ ROOMS = [
         "values",
         "trees",
         "sentinel",
+        "reading",
+        "history",
         "moving",
     ),
     *(
@@ -34,18 +37,33 @@ ROOMS = [
         "stabilizer",
         "transaction",
         "sampling",
-        "watch",
+        "stabilizing",
         "inputs",
         "diagnosis",
+        "watching",
+        "observer",
         "capture",
         "archive",
         "peers",
         "budget",
         "window",
+        "examination",
+        "validation",
     ),
     *("guard", "report", "trainer_state", "session", "lightning", "environment", "pytest_plugin", "cli", "__main__"),
 ]
-LIGHT = ["errors", "incident", "telling", "policy", "policy_errors", "algebra", "cli", "pytest_plugin", "environment"]
+LIGHT = [
+    "errors",
+    "lead_up",
+    "incident",
+    "telling",
+    "policy",
+    "policy_errors",
+    "algebra",
+    "cli",
+    "pytest_plugin",
+    "environment",
+]
 
 
 def imports(path: Path) -> set[str]:

@@ -50,7 +50,8 @@ def test_an_empty_file_is_the_default_policy(tmp_path):
         (
             "stablize: {enabled: true}",
             "DIR/policy.yaml: 1 thing in this policy cannot be used\n  stablize: unknown key; allowed here: version, "
-            "stabilize, rules, budget, accumulation, hold_global_step, diagnosis, capture, scaler. Did you mean 'stabilize'?",
+            "stabilize, rules, budget, accumulation, hold_global_step, diagnosis, watch, capture, scaler. Did you mean "
+            "'stabilize'?",
         ),
         (
             "rules: [{action: skip}]",
@@ -102,6 +103,16 @@ def test_errors_name_the_key_the_value_and_what_is_allowed(tmp_path, text, messa
         ("stabilize: {saturated: raise}", ["stabilize.saturated", "'raise'", "'report', 'repair'"]),
         ("accumulation: micro_batch", ["accumulation", "micro_batch", "use window"]),
         ("budget: {total: .nan}", ["budget.total"]),
+        ("watch: {every_n_steps: 0}", ["watch.every_n_steps: found 0", "greater than or equal to 1"]),
+        ("watch: {every_n_steps: often}", ["watch.every_n_steps: found 'often'", "integer"]),
+        ("watch: {validation: 1}", ["watch.validation: found 1"]),
+        ("watch: {modules: 3}", ["watch.modules: found 3"]),
+        ("watch: {modules: [3]}", ["watch.modules[0]: found 3", "string"]),
+        ("watch: {modules: [' decoder']}", ["watch.modules: found ' decoder', with spaces around it", "'decoder.*'"]),
+        ("watch: {modules: ['decoder..attn']}", ["watch.modules: found 'decoder..attn', with an empty name"]),
+        ("watch: {modules: ['decoder.[0']}", ["with a bracket that is not closed"]),
+        ("watch: {infinities: negative}", ["watch.infinities: found 'negative'", "'none', 'positive', 'all'"]),
+        ("watch: {module: [a]}", ["watch.module: unknown key", "Did you mean 'modules'?"]),
         ("a: [", ["not valid YAML"]),
         ("a: !!python/object/apply:os.system [echo]", ["not valid YAML"]),
         ("{" * 3000, ["nested too deeply"]),
@@ -131,6 +142,12 @@ def test_a_missing_file_lists_its_neighbours(tmp_path):
 def test_the_constructor_speaks_the_same_language():
     with pytest.raises(NanGuardError, match=r"Policy\(\.\.\.\).*\n  bogus: unknown key"):
         Policy(bogus=1)
+
+
+def test_what_to_watch(tmp_path):
+    assert Policy().watch == policy_from(tmp_path, "watch: {modules: [], every_n_steps: 50, validation: false}").watch
+    assert policy_from(tmp_path, "watch: {modules: 'decoder.*'}").watch.modules == ("decoder.*",)
+    assert policy_from(tmp_path, "watch: {modules: ['', 'block[0-9].norm?']}").watch.modules == ("", "block[0-9].norm?")
 
 
 def test_numbers_in_exponent_notation_are_numbers(tmp_path):

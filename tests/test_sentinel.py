@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanguard.sentinel import all_finite, finite_flags, nonfinite_names, norms, small_total
+from nanguard.sentinel import all_finite, finite_flags, nonfinite_names, norms, small_norms
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 BAD = [float("nan"), float("inf"), float("-inf")]
@@ -70,16 +70,17 @@ def test_nothing_is_drawn_or_changed():
 
 
 @pytest.mark.parametrize("value", BAD)
-def test_the_total_of_a_few_small_tensors(value):
-    tensors = [torch.ones(3), torch.full((2, 2), -1e37), torch.zeros((), dtype=torch.float64)]
-    assert math.isfinite(small_total(tensors))
+def test_the_norms_of_a_few_small_tensors(value):
+    tensors = [torch.ones(3), torch.full((2, 2), -1e15), torch.zeros((), dtype=torch.float64)]
+    assert small_norms(tensors) == pytest.approx([3**0.5, 2e15, 0.0])
     tensors[1][0, 1] = value
-    assert not math.isfinite(small_total(tensors))
+    assert [math.isfinite(norm) for norm in small_norms(tensors)] == [True, False, True]
     for other in (
         torch.ones(70000),
         torch.ones(2, dtype=torch.float16),
         torch.ones(2).to_sparse(),
         torch.ones(2, device="meta"),
     ):
-        assert small_total([torch.ones(2), other]) is None
-    assert small_total([torch.ones(1)] * 17) is None
+        assert small_norms([torch.ones(2), other]) is None
+    assert small_norms([torch.ones(1)] * 17) is None
+    assert small_norms([]) == []

@@ -1,0 +1,130 @@
+"""The diagnosis of one micro-batch under a policy: by further runs where the step can be run again, else by what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import final
+
+from torch import nn
+
+from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnose, suspects
+from nanguard.incident import Action, Incident, Trigger
+from nanguard.lead_up import LeadUp
+from nanguard.observer import located
+from nanguard.policy import Diagnosis as Options
+from nanguard.transaction import Transaction
+from nanguard.watching import Sighting
+from nanguard.window import Attempt, Moment
+
+__all__ = ["Examination", "incident_of"]
+
+_SCALER_ADVICE = (
+    "Without the loss scale the gradients are finite, so they overflow in half precision only. Lower the learning rate or "
+    "the initial scale, or train in bfloat16."
+)
+
+
+@final
+class Examination:
+    """Examines micro-batches that failed.
+
+    Args:
+        options: how far to go.
+        module: what is trained.
+        transaction: knows the buffers as they were before the step.
+        rerun: runs a step again; without it only inputs, parameters and watched modules are looked at.
+    """
+
+    def __init__(self, options: Options, module: nn.Module, transaction: Transaction, rerun: Rerun | None) -> None:
+        self._options = options
+        self._module = module
+        self._transaction = transaction
+        self._rerun = rerun
+        self._healthy: MicroBatch | None = None
+
+    def was_healthy(self, micro: MicroBatch) -> None:
+        """Remembers the last micro-batch that was well, to compare with."""
+        self._healthy = micro if self._rerun is not None else None
+
+    def __call__(self, attempt: Attempt, trigger: Trigger, sighting: Sighting | None) -> Diagnosis:
+        """What happened.
+
+        Args:
+            attempt: the micro-batch at fault.
+            trigger: what noticed it. An activation that does not reach the loss cannot be walked back to from there.
+            sighting: what watched modules saw of it, which counts where the step is not run again.
+        """
+        try:
+            found = self._autopsy(attempt, trigger) if self._options.enabled else Diagnosis()
+        except Exception as error:  # whatever is wrong with the diagnosis, the incident is worth more
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+            found = Diagnosis(advice=f"The diagnosis itself failed: {reason}")
+        return located(found, sighting) if found.verdict == "not_replayed" else found
+
+    def _autopsy(self, attempt: Attempt, trigger: Trigger) -> Diagnosis:
+        if self._rerun is None or trigger == "activations":
+            before = self._transaction.buffers(attempt.micro.before)
+            return suspects(self._module, attempt.micro.args, before, run=trigger == "activations")
+        found = diagnose(
+            attempt.micro,
+            self._rerun,
+            healthy=self._healthy,
+            samples=self._options.samples,
+            counterfactual=self._options.counterfactuals,
+        )
+        if trigger == "scaler" and found.verdict == "transient":
+            return Diagnosis(advice=_SCALER_ADVICE)
+        return found
+
+
+def incident_of(
+    moment: Moment,
+    micro: MicroBatch,
+    trigger: Trigger,
+    found: Diagnosis,
+    action: Action,
+    details: Iterable[str],
+    lead_up: LeadUp,
+    sighting: Sighting | None,
+) -> Incident:
+    """All that is known of one failed step.
+
+    Args:
+        moment: when, and on which rank.
+        micro: the micro-batch at fault.
+        trigger: what noticed it.
+        found: what its examination has shown.
+        action: what was done.
+        details: remarks, of which empty ones are left out.
+        lead_up: the steps before.
+        sighting: what watched modules saw of it.
+    """
+    return Incident(
+        step=moment.step,
+        epoch=moment.epoch,
+        batch_idx=moment.batch_idx,
+        rank=moment.rank,
+        trigger=trigger,
+        origin=found.origin,
+        cause=found.cause,
+        samples=found.samples,
+        dataset_indices=_dataset_indices(micro, found.samples),
+        verdict=found.verdict,
+        advice=found.advice,
+        action=action,
+        detail="; ".join(filter(None, details)),
+        lead_up=lead_up,
+        activations=sighting.activations if sighting else (),
+    )
+
+
+def _dataset_indices(micro: MicroBatch, samples: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """These samples of a micro-batch as indices into the dataset, where they are known."""
+    indices = micro.indices
+    if indices is None or samples is None:
+        return None
+    if len(indices) == 1:
+        return indices
+    if batch_size(micro.args[0], len(indices)) != len(indices):
+        return None  # collation made another number of rows of these samples
+    return tuple(indices[position] for position in samples)

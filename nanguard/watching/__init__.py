@@ -1,0 +1,6 @@
+"""Hooks on chosen modules, in every n-th step: the first bad module forward and backward, and the ranges of activations."""
+
+from nanguard.watching.matching import matched_modules
+from nanguard.watching.watch import ModuleWatch, Sighting
+
+__all__ = ["ModuleWatch", "Sighting", "matched_modules"]
