@@ -156,7 +156,7 @@ def test_names_that_stand_for_something_else_are_not_suggested():
         return 1 / (1 + torch.exp(-z))
 
     _, swaps = stabilized(sigmoid)
-    assert swaps[0].replacement == "torch.sigmoid(logits)"
+    assert swaps[0].replacement == "torch.sigmoid(z)"
 
 
 def _slope(function, values, dtype=torch.float32):

@@ -107,7 +107,7 @@ class TestWhatOnlyLooksAlike:
         outcome(total, x, z)
         same, _ = outcome(lambda x: total(x, x), x)
         torch.testing.assert_close(same[0], x.log_softmax(1))
-        assert_identical(outcome(total, x, z)[0][:1], [x - z.logsumexp(1, keepdim=True)])
+        torch.testing.assert_close(outcome(total, x, z)[0][0], x - z.logsumexp(1, keepdim=True))
 
     @pytest.mark.parametrize("constants", [(1, True), (2, 2.0), (0.0, -0.0), (0, False)])
     def test_numbers_that_are_equal(self, constants):

@@ -1,5 +1,6 @@
 """The list of swaps: where, what stood there, what to write instead."""
 
+import re
 import sys
 import warnings
 
@@ -119,6 +120,52 @@ def test_tensors_without_a_name_get_the_usual_ones():
     with nanguard.stabilize() as swaps:
         torch.log(torch.softmax(batch()[0] * 1, 1)[ROWS, batch()[1]])
     assert swaps[0].replacement == '-F.cross_entropy(logits, target, reduction="none")'
+
+
+UNNAMED = {
+    "F.logsigmoid(-logits)": lambda one, two: torch.log(1 - torch.sigmoid(one(X))),
+    "F.logsigmoid(logits)": lambda one, two: torch.log(1 / (1 + torch.exp(-one(X)))),
+    "torch.exp(0.5 * F.logsigmoid(-logits))": lambda one, two: (1 - torch.sigmoid(one(X))) ** 0.5,
+    "torch.logaddexp(h, -h)": lambda one, two: _both_signs(one(X)),
+    "torch.logaddexp(h, 2 * h)": lambda one, two: _and_doubled(one(X)),
+    "F.log_softmax(logits, dim=1) - F.log_softmax(logits_2, dim=1)": lambda one, two: torch.log(
+        one(X).softmax(1) / two(X).softmax(1)
+    ),
+    "torch.logaddexp(logits, logits_2)": lambda one, two: torch.log(one(X).exp() + two(X).exp()),
+    "F.logsigmoid(-logits) + F.logsigmoid(logits_2)": lambda one, two: torch.log(
+        (1 - one(X).sigmoid()) * two(X).sigmoid()
+    ),
+    "F.log_softmax(logits, dim=1)": lambda one, two: _of_the_transposed(one(X)),
+}
+X = torch.linspace(-2, 2, 12).view(3, 4)
+
+
+def _both_signs(h):
+    return torch.log(torch.exp(h) + torch.exp(-h))
+
+
+def _and_doubled(h):
+    return torch.log(torch.exp(h) + torch.exp(2 * h))
+
+
+def _of_the_transposed(h):
+    return torch.log(torch.softmax(h.T, 1))
+
+
+@pytest.mark.parametrize(("text", "code"), UNNAMED.items(), ids=UNNAMED.keys())
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_each_tensor_without_a_name_has_one_name_and_keeps_its_sign(text, code, compiled):
+    torch.manual_seed(0)
+    one, two = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    run = torch.compile(code, backend="eager") if compiled else code
+    with nanguard.stabilize() as swaps:
+        result = run(one, two)
+    # A name inside of a function that was inlined is not known to compiled code.
+    assert swaps[-1].replacement in ([text, re.sub(r"\bh\b", "logits", text)] if compiled else [text])
+    space = {"logits": one(X), "logits_2": two(X), "h": one(X), "torch": torch, "F": F}
+    if "transposed" in code.__code__.co_names[0]:
+        space["logits"] = one(X).T
+    torch.testing.assert_close(eval(text, space), result)
 
 
 def test_an_index_that_does_not_count_up_is_no_cross_entropy():

@@ -29,26 +29,26 @@ def write(term: Term, names: Names) -> str:
     """A term as a Python expression, with the names of the user's own code."""
     if isinstance(term, Leaf):
         return names.of(term, "logits")
-    if term.operator is NEGATE and isinstance(term.args[0], Leaf) and not names.of(term.args[0], ""):
-        return names.of(term.args[0], "logits")  # the user wrote the sign: what is negated again has no name
     args = [write(arg, names) for arg in term.args]
-    if len(args) == 1 and ("infix" in _form(term.args[0]) or not args[0].isidentifier()):
+    if term.operator is NEGATE and isinstance(term.args[0], Leaf) and args[0].startswith("-"):
+        return args[0].removeprefix("-")  # the user wrote the sign, which is negated again
+    if len(args) == 1:
         args = [_guarded(args[0], term)]
-    if term.operator.infix and len(args) == 2 and "infix" in _form(term.args[1]):
+    if term.operator.infix and len(args) == 2 and _is_infix(term.args[1], args[1]):
         args[1] = f"({args[1]})"
     params = {name: _written(value, names) for name, value in term.params.items()}
     return term.operator.source.format(*args, all=", ".join(args), **params)
 
 
-def _form(term: Term) -> str:
-    return "infix" if not isinstance(term, Leaf) and term.operator.infix else "call"
+def _is_infix(term: Term, text: str) -> bool:
+    return text.startswith("-") or " " in text if isinstance(term, Leaf) else term.operator.infix
 
 
 def _guarded(text: str, term: Term) -> str:
     """Parentheses where a method, an index or a sign is put to an expression that is not one name or call."""
     assert not isinstance(term, Leaf)
     bare = term.operator.source.startswith("{0}") or term.operator.infix
-    return f"({text})" if bare and "infix" in _form(term.args[0]) else text
+    return f"({text})" if bare and _is_infix(term.args[0], text) else text
 
 
 def _written(value: Any, names: Names) -> str:

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import linecache
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from types import CodeType, FrameType
 from typing import Any, final
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from nanguard.algebra import Leaf
 from nanguard.source import is_user_file
 
-__all__ = ["FrameNames", "expression", "free_name", "named_callers", "user_frame"]
+__all__ = ["FrameNames", "Placeholders", "expression", "free_name", "named_callers", "user_frame"]
 
 
 def user_frame() -> FrameType:
@@ -42,6 +42,30 @@ def expression(frame: FrameType) -> tuple[int, str]:
     return start, " ".join(line.decode(errors="replace").strip() for line in encoded)
 
 
+@final
+class Placeholders:
+    """Names for tensors that the user's code has no name for: one for each, and none that means something else there."""
+
+    def __init__(self, taken: set[str]) -> None:
+        self._taken = taken
+        self._given: dict[Hashable, str] = {}
+
+    def name(self, key: Hashable, default: str) -> str:
+        """`default`, or a name like it; the same for the same key."""
+        if not default:
+            return ""
+        if key not in self._given:
+            free, used = free_name(default, self._taken), set(self._given.values())
+            numbered = (f"{free}_{number}" for number in itertools.count(2))
+            self._given[key] = next(name for name in itertools.chain([free], numbered) if name not in used)
+        return self._given[key]
+
+    def known(self, key: Hashable, default: str, *, signed: bool) -> str | None:
+        """The name of a tensor of which only the negative (`signed`) or a multiple is there, which needs none of its own."""
+        return self.name(key, default) if signed or key in self._given else None
+
+
+_LOOKED_AT = 1 << 16
 _SYNONYMS = {"logits": ("scores", "inputs"), "target": ("labels", "targets"), "index": ("indices", "positions")}
 
 
@@ -56,20 +80,54 @@ class FrameNames:
     """The names that a frame, or else one of its callers, has for tensors: local variables, and attributes of `self`."""
 
     def __init__(self, frame: FrameType) -> None:
-        self._taken = {*frame.f_code.co_varnames, *frame.f_code.co_names}
-        self._names: dict[int, str] = {}
-        self._bases: dict[int, str] = {}
+        self._placeholders = Placeholders({*frame.f_code.co_varnames, *frame.f_code.co_names})
+        self._names: dict[Hashable, str] = {}
+        self._known: list[tuple[str, Tensor]] = []
+        self._alive: list[Any] = []
         for caller in named_callers(frame):
-            for name, value in _local_tensors(caller):
+            self._known += _local_tensors(caller)
+            for name, value in self._known:
                 self._names.setdefault(id(value), name)
+                self._names.setdefault(self._made_by(value), name)
 
     def of(self, leaf: Leaf, default: str) -> str:
-        """The variable that holds this tensor, or one that it is a view of; else `default`, or a name like it that is free."""
+        """The variable that holds this tensor, or how it was made of one; else `default`, or a name like it that is free.
+
+        What it is the negative or a multiple of is found in the graph, so that `exp(-x)` is told from `exp(x)`.
+        """
         value: Tensor = leaf.value
-        name = self._names.get(id(value))
-        if name is None and value._base is not None and value.numel() == value._base.numel():
+        name = self._names.get(id(value)) or self._names.get(self._made_by(value))
+        if name is None and value._base is not None and _is_base(value, value._base, reshaped=default == "target"):
             name = self._names.get(id(value._base))
-        return name or free_name(default, self._taken)
+        return name or self._derived(value, default) or self._placeholders.name(self._made_by(value), default)
+
+    def _made_by(self, value: Tensor) -> Hashable:
+        """What tells a tensor from others, although it is held by another object: its place in the graph, if it has one."""
+        return id(value) if value.grad_fn is None else self._key(value.grad_fn, value.output_nr)
+
+    def _key(self, node: Any, number: int) -> Hashable:
+        variable = getattr(node, "variable", None)
+        self._alive.append(node)  # identities of what is gone are given away again
+        return (id(node), number) if variable is None else id(variable)
+
+    def _derived(self, value: Tensor, default: str) -> str | None:
+        """The negative of a tensor, or a multiple by a number of one that is named already."""
+        if value.grad_fn is None:
+            return self._negative(value)
+        written = _written_as(value)
+        if written is None or not default:
+            return None
+        base = self._key(*value.grad_fn.next_functions[0])
+        name = self._names.get(base) or self._placeholders.known(base, default, signed=written == "-{0}")
+        return written.format(name) if name else None
+
+    def _negative(self, value: Tensor) -> str | None:
+        """The negative of a tensor that has a name; without a graph, only its numbers tell."""
+        if not value.is_cpu or value.numel() > _LOOKED_AT or not value.is_floating_point():
+            return None
+        same = [(name, found) for name, found in self._known if found.is_cpu and found.dtype == value.dtype]
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            return next((f"-{name}" for name, found in same if torch.equal(found, -value) and found.any()), None)
 
     def counts_up(self, index: object, length: int) -> bool:
         """Whether an index is 0, 1, ..., length - 1. Tensors are only looked into where that needs no synchronisation."""
@@ -78,6 +136,35 @@ class FrameNames:
         if isinstance(index, Tensor) and index.device.type == "cpu" and index.dtype == torch.int64:
             return index.tolist() == list(range(length))
         return False
+
+
+def _is_base(view: Tensor, base: Tensor, *, reshaped: bool) -> bool:
+    """Whether a view may go by the name of its base; where dims do not matter, it may have been reshaped."""
+    if reshaped:
+        return view.numel() == base.numel() and view.is_contiguous() and base.is_contiguous()
+    return (view.shape, view.stride()) == (base.shape, base.stride())
+
+
+def _written_as(value: Tensor) -> str | None:
+    """How the user wrote a tensor that was computed from one other one, as far as the graph tells."""
+    node, kind = value.grad_fn, type(value.grad_fn).__name__
+    if kind == "NegBackward0":
+        return "-{0}"
+    if kind not in ("MulBackward0", "DivBackward0"):
+        return None
+    assert node is not None
+    factor = node._saved_other  # type: ignore[attr-defined]
+    if factor is None or node.next_functions[0][0] is None or node.next_functions[1][0] is not None:
+        return None
+    # Numbers that stand in the code have dtypes of their own.
+    if (
+        factor.ndim
+        or not factor.is_cpu
+        or factor.dtype not in (torch.int64, torch.float64)
+        or factor.dtype == value.dtype
+    ):
+        return None
+    return f"{factor.item()} * {{0}}" if kind == "MulBackward0" else f"{{0}} / {factor.item()}"
 
 
 def named_callers(frame: FrameType) -> Iterator[FrameType]:

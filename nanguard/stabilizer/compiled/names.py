@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
+import operator
 import re
 from collections.abc import Iterator
 from typing import Any, final
 
+import torch
 from torch import fx
 
 from nanguard.algebra import Leaf, Unrecognised
@@ -19,11 +21,14 @@ from nanguard.source import is_user_file
 from nanguard.stabilizer.compiled.frames import Frame, frames_of, indent
 from nanguard.stabilizer.compiled.plan import Replacement
 from nanguard.stabilizer.compiled.reading import Kept, counts_up
-from nanguard.stabilizer.locate import free_name
+from nanguard.stabilizer.locate import Placeholders
 
 __all__ = ["swap_of"]
 
 _OPERATORS = {"Add": ("add",), "Sub": ("sub",), "Mult": ("mul",), "Div": ("truediv", "div"), "Pow": ("pow",)}
+_NEGATIVES = (operator.neg, torch.neg, "neg")
+_PRODUCTS = (operator.mul, torch.mul, "mul")
+_RATIOS = (operator.truediv, torch.div, "div")
 _LOCAL = re.compile(r"^L\['(\w+)'\]((?:\.[A-Za-z_]\w*)*)$")
 _STATE = re.compile(r"\._(?:parameters|buffers|modules)\['(\w+)'\]")
 
@@ -109,19 +114,29 @@ class _NodeNames:
 
     def __init__(self, frames: list[Frame]) -> None:
         self._variables: set[str] = set()
-        self._taken: set[str] = set()
+        self._placeholders = Placeholders(set())
         # Never beyond the second caller: names would stand for something else there.
         for place, (file, line, _) in enumerate(reversed(frames[-3:])):
             variables, used = _names_in_function(file, line)
             self._variables |= variables
             if place == 0:
-                self._taken = used
+                self._placeholders = Placeholders(used)
 
     def of(self, leaf: Leaf, default: str) -> str:
-        """The variable that holds this tensor; else `default`, or a name like it that is free."""
+        """The variable that holds this tensor, or how it was made of one; else `default`, or a name like it that is free."""
         value = leaf.value.node if isinstance(leaf.value, Kept) else leaf.value
-        name = self._name(value) if isinstance(value, fx.Node) else None
-        return name or free_name(default, self._taken)
+        if not isinstance(value, fx.Node):
+            return self._placeholders.name(id(value), default)
+        return self._name(value) or self._derived(value, default) or self._placeholders.name(value, default)
+
+    def _derived(self, node: fx.Node, default: str) -> str | None:
+        """The negative of a tensor, or a multiple by a number of one that is named already."""
+        written = _written_as(node)
+        if written is None or not default:
+            return None
+        base = next(arg for arg in node.args if isinstance(arg, fx.Node))
+        name = self._name(base) or self._placeholders.known(base, default, signed=written == "-{0}")
+        return written.format(name) if name else None
 
     def counts_up(self, index: object, length: int) -> bool:
         """Whether an index is 0, 1, ..., length - 1."""
@@ -139,6 +154,20 @@ class _NodeNames:
             if name in self._variables:
                 return name
         return None
+
+
+def _written_as(node: fx.Node) -> str | None:
+    """How the user wrote a tensor that was computed from one other one."""
+    if node.target in _NEGATIVES and len(node.args) == 1 and isinstance(node.args[0], fx.Node):
+        return "-{0}"
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    left, right = node.args
+    if node.target in _PRODUCTS and isinstance(left, fx.Node) and isinstance(right, (int, float)):
+        return f"{right} * {{0}}"
+    if node.target in _PRODUCTS and isinstance(right, fx.Node) and isinstance(left, (int, float)):
+        return f"{left} * {{0}}"
+    return f"{{0}} / {right}" if node.target in _RATIOS and isinstance(right, (int, float)) else None
 
 
 def _source_name(source: Any) -> str:
