@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
 from torch import nn
@@ -16,8 +16,10 @@ from nanguard.transaction import Transaction
 from nanguard.watching import Sighting
 from nanguard.window import Attempt, Moment
 
-__all__ = ["Examination", "incident_of"]
+__all__ = ["Examination", "Sources", "incident_of"]
 
+# Of the indices of a batch, those that rows were made of, given its size.
+Sources = Callable[[Sequence[int], Sequence[int], int], "tuple[int, ...] | None"]
 _SCALER_ADVICE = (
     "Without the loss scale the gradients are finite, so they overflow in half precision only. Lower the learning rate or "
     "the initial scale, or train in bfloat16."
@@ -86,6 +88,7 @@ def incident_of(
     details: Iterable[str],
     lead_up: LeadUp,
     sighting: Sighting | None,
+    sources: Sources | None = None,
 ) -> Incident:
     """All that is known of one failed step.
 
@@ -98,6 +101,7 @@ def incident_of(
         details: remarks, of which empty ones are left out.
         lead_up: the steps before.
         sighting: what watched modules saw of it.
+        sources: tells which samples rows of a batch were made of; without it those that stand at the same place.
     """
     return Incident(
         step=moment.step,
@@ -108,7 +112,7 @@ def incident_of(
         origin=found.origin,
         cause=found.cause,
         samples=found.samples,
-        dataset_indices=_dataset_indices(micro, found.samples),
+        dataset_indices=_dataset_indices(micro, found.samples, sources),
         verdict=found.verdict,
         advice=found.advice,
         action=action,
@@ -118,13 +122,17 @@ def incident_of(
     )
 
 
-def _dataset_indices(micro: MicroBatch, samples: tuple[int, ...] | None) -> tuple[int, ...] | None:
+def _dataset_indices(
+    micro: MicroBatch, samples: tuple[int, ...] | None, sources: Sources | None
+) -> tuple[int, ...] | None:
     """These samples of a micro-batch as indices into the dataset, where they are known."""
     indices = micro.indices
     if indices is None or samples is None:
         return None
     if len(indices) == 1:
         return indices
-    if batch_size(micro.args[0], len(indices)) != len(indices):
-        return None  # collation made another number of rows of these samples
-    return tuple(indices[position] for position in samples)
+    size = batch_size(micro.args[0], len(indices))
+    if sources is not None:
+        return None if size is None else sources(indices, samples, size)
+    # Otherwise collation made another number of rows of these samples.
+    return tuple(indices[position] for position in samples) if size == len(indices) else None

@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from nanguard.archive import Archive, Circumstances
 from nanguard.budget import SkipBudget
 from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun
-from nanguard.examination import Examination, incident_of
+from nanguard.examination import Examination, Sources, incident_of
 from nanguard.incident import Action, Advice, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
 from nanguard.lead_up import LeadUp
@@ -66,6 +66,7 @@ class Guard:
         transaction: saves and restores what a step touches.
         rerun: runs a step again for the diagnosis; without it the diagnosis is limited to inputs and parameters.
         peers: the processes that train together with this one, if there are any.
+        sources: tells which samples of the dataset rows of a batch were made of.
         circumstances: called for a capture, gives what a replay has to know about the run.
     """
 
@@ -77,6 +78,7 @@ class Guard:
         transaction: Transaction | None = None,
         rerun: Rerun | None = None,
         peers: Peers | None = None,
+        sources: Sources | None = None,
         circumstances: Callable[[], Circumstances | None] | None = None,
         incidents: list[Incident] | None = None,
         swaps: list[Swap] | None = None,
@@ -90,6 +92,7 @@ class Guard:
         self._transaction = transaction or Transaction(module, moving=MovingParameters(module))
         self._examine = Examination(policy.diagnosis, module, self._transaction, rerun)
         self._peers = peers
+        self._sources = sources
         self._archive = Archive(policy, module, circumstances)
         self._stabilizer = StepStabilizer(policy.stabilize, self.swaps, self.advice)
         self._inputs = InputKeeper()
@@ -252,7 +255,9 @@ class Guard:
         else:
             details = [f"it began on rank {elsewhere}, which has the batch; this rank was given its gradients", remark]
             moment = replace(moment, rank=elsewhere)
-        incident = incident_of(moment, attempt.micro, trigger, found, _DONE[action], details, lead_up, sighting)
+        incident = incident_of(
+            moment, attempt.micro, trigger, found, _DONE[action], details, lead_up, sighting, self._sources
+        )
         if elsewhere is None:
             with self._window.before(attempt):
                 incident = self._archive.store(incident, attempt.micro, attempt.loss)

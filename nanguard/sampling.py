@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from nanguard.patches import Patches
+from nanguard.provenance import Collation
 
 __all__ = ["IndexRecorder", "SampleRecord", "base_indices"]
 
@@ -86,6 +87,7 @@ class SampleRecord:
         self._before_fetch = before_fetch
         self._patches = Patches()
         self._datasets: list[Any] = []
+        self._collation: Collation | None = None
         self._recorder: IndexRecorder | None = None
         self._under_way = False
 
@@ -96,6 +98,7 @@ class SampleRecord:
         self._datasets.append(getattr(loader, "dataset", None))
         if len(self._datasets) == 1:
             self._recorder = IndexRecorder.install(loader, self._patches, self._before_fetch)
+            self._collation = _collation(loader)
 
     def next_batch(self) -> tuple[tuple[int, ...] | None, Any]:
         """Indices into the dataset of the batch that has just arrived, and what `before_fetch` gave.
@@ -109,12 +112,25 @@ class SampleRecord:
         indices, moment = self._recorder.next_batch()
         return base_indices(self._datasets[0], indices) if len(self._datasets) == 1 else None, moment
 
+    def sources(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
+        """Which of these samples rows of their batch, which has so many, were made of; see `Collation.sources`."""
+        return self._collation.sources(indices, rows, size) if self._collation is not None else None
+
     def close(self) -> None:
         """Gives the loaders their samplers back."""
         self._under_way = False
         self._datasets.clear()
-        self._recorder = None
+        self._recorder = self._collation = None
         self._patches.undo()
+
+
+def _collation(loader: Any) -> Collation | None:
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    dataset = loader.dataset
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return Collation(dataset, loader.collate_fn if loader.batch_sampler is not None else None)
 
 
 def base_indices(dataset: Any, indices: tuple[int, ...] | None) -> tuple[int, ...] | None:

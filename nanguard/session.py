@@ -111,6 +111,7 @@ class Session:
             transaction=transaction,
             rerun=rerun,
             peers=peers,
+            sources=self._samples.sources,
             circumstances=self._circumstances,
             incidents=incidents,
             swaps=swaps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,120 @@ def test_a_loader_made_anew_each_epoch(tmp_path: Path) -> None:
     assert sorted(index for entry in indices for index in entry or ()) == sorted([*BAD] * 3)
 
 
+# -- collate functions of the user's own
+
+
+def _longest_first(samples: list[Tensor]) -> Any:
+    samples = sorted(samples, key=lambda sample: -len(sample))
+    lengths = torch.tensor([len(sample) for sample in samples])
+    return nn.utils.rnn.pad_sequence(samples, batch_first=True), lengths
+
+
+def _refilled(samples: list[Tensor]) -> Tensor:
+    return torch.stack([*samples[1:], samples[-1]])
+
+
+def _popped(samples: list[dict[str, Tensor]]) -> Any:
+    labels = torch.stack([sample.pop("x") for sample in samples])
+    return {"x": labels * 2 - 1, "names": ["a" for _ in samples]}
+
+
+def _mixed(samples: list[Tensor]) -> Tensor:
+    batch = torch.stack(samples)
+    return 0.7 * batch + 0.3 * batch.flip(0)
+
+
+COLLATIONS: dict[str, Any] = {
+    "stacked": (torch.stack, lambda x: x),
+    "reversed": (lambda samples: torch.stack(samples[::-1]), lambda x: x),
+    "refilled": (_refilled, lambda x: x),
+    "three of each": (lambda samples: torch.stack([s for s in samples for _ in range(3)]), lambda x: x),
+    "in a dictionary": (_popped, lambda x: {"x": x}),
+    "scaled": (lambda samples: torch.stack(samples) / 30, lambda x: x),
+    "with noise": (lambda samples: torch.stack([s + torch.rand(2) for s in samples]), lambda x: x + random.random()),
+}
+
+
+class Changed(Dataset):
+    def __init__(self, change: Any) -> None:
+        self.change = change
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> Any:
+        return self.change(Numbers()[index])
+
+
+@pytest.mark.parametrize("name", COLLATIONS)
+def test_rows_are_followed_through_a_collate_function(tmp_path: Path, name: str) -> None:
+    collate, change = COLLATIONS[name]
+    indices = found(tmp_path, DataLoader(Changed(change), batch_size=5, shuffle=True, collate_fn=collate))
+    kept = {index for entry in indices for index in entry or ()}
+    assert None not in indices
+    assert kept == BAD if name != "refilled" else kept <= BAD  # it drops some
+
+
+class Sentences(Dataset):
+    """Of unequal lengths; a few hold a NaN."""
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> Tensor:
+        words = torch.arange(1.0, 2 + index * 7 % 11) + index
+        words[-1] = float("nan") if index in BAD else 1.0
+        return words
+
+
+class Speaker(Reader):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.layer(batch[0].sum(1, keepdim=True)).mean()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sentences_sorted_by_length_and_padded(tmp_path: Path, workers: int) -> None:
+    loader = DataLoader(Sentences(), batch_size=5, shuffle=True, collate_fn=_longest_first, num_workers=workers)
+    guard = policy(tmp_path, capture={"enabled": False}, budget={"consecutive": 50})
+    run = fit(tmp_path, Speaker, loader, guard)
+    assert {index for incident in run.incidents for index in incident.dataset_indices} == BAD
+
+
+def test_rows_that_are_mixed_of_several_samples_are_none_of_them(tmp_path: Path) -> None:
+    assert set(found(tmp_path, DataLoader(Numbers(), batch_size=6, collate_fn=_mixed))) == {None}
+
+
+def test_to_follow_rows_draws_nothing(tmp_path: Path) -> None:
+    collate, change = COLLATIONS["with noise"]
+    states = []
+    for custom in (collate, lambda samples: collate(samples)):
+        torch.manual_seed(3)
+        random.seed(3)
+        loader = DataLoader(Changed(change), batch_size=5, collate_fn=custom)
+        diagnosed = custom is collate
+        guard = policy(
+            tmp_path, diagnosis={"enabled": diagnosed}, capture={"enabled": False}, budget={"consecutive": 50}
+        )
+        run = fit(tmp_path, Reader, loader, guard)
+        assert any(incident.dataset_indices for incident in run.incidents) == diagnosed
+        states.append((random.getstate(), torch.get_rng_state().tolist()))
+    assert states[0] == states[1]
+
+
+def test_a_dataset_that_fails_when_it_is_asked_again(tmp_path: Path) -> None:
+    class Once(Numbers):
+        def __init__(self) -> None:
+            self.seen: set[int] = set()
+
+        def __getitem__(self, index: int) -> Tensor:
+            if index in self.seen:
+                raise RuntimeError("read already")
+            self.seen.add(index)
+            return super().__getitem__(index)
+
+    assert set(found(tmp_path, DataLoader(Once(), batch_size=5, collate_fn=torch.stack), epochs=1)) == {None}
+
+
 # -- where there is nothing to say
 
 
@@ -193,14 +308,6 @@ def test_keys_that_are_no_numbers(tmp_path: Path) -> None:
 
     keys = [str(index) for index in range(30)]
     assert set(found(tmp_path, DataLoader(Named(), batch_size=4, sampler=keys))) == {None}
-
-
-def test_collation_that_changes_the_number_of_samples(tmp_path: Path) -> None:
-    def collate(samples: list[Tensor]) -> Tensor:
-        return torch.stack([sample for sample in samples for _ in range(3)])
-
-    # Positions in the batch are not positions in the list of indices.
-    assert set(found(tmp_path, DataLoader(Numbers(), batch_size=5, collate_fn=collate))) == {None}
 
 
 def test_beside_validation(tmp_path: Path) -> None:

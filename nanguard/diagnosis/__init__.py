@@ -1,7 +1,7 @@
 """The autopsy of a failed step: the operation, the cause and the samples, from second runs that leave no trace."""
 
 from nanguard.diagnosis.autopsy import Diagnosis, diagnose, suspects
-from nanguard.diagnosis.batches import batch_size
+from nanguard.diagnosis.batches import batch_size, take
 from nanguard.diagnosis.rerun import MicroBatch, Outcome, Rerun
 
-__all__ = ["Diagnosis", "MicroBatch", "Outcome", "Rerun", "batch_size", "diagnose", "suspects"]
+__all__ = ["Diagnosis", "MicroBatch", "Outcome", "Rerun", "batch_size", "diagnose", "suspects", "take"]

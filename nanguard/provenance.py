@@ -1,0 +1,117 @@
+"""Which sample of the dataset a row of a batch was made of, where a collate function may have moved, dropped or mixed them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+import random
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate, default_convert
+
+from nanguard.diagnosis import batch_size, take
+from nanguard.rng import RngState
+from nanguard.trees import named_tensors
+
+__all__ = ["Collation"]
+
+_PLAIN = (default_collate, default_convert)
+_MOST_ROWS = 16
+
+
+@final
+class Collation:
+    """How a loader makes batches of samples.
+
+    1. torch's own collate functions keep the order of the samples. 2. Any other is asked: a row is made of that sample of which
+    a batch that holds nothing else has the same row. So samples that were sorted or refilled are found, and rows that were
+    mixed of several have none. 3. Samples are fetched and collated for that in this process, from the same random numbers
+    each time, and the random numbers of the run are put back.
+
+    Args:
+        dataset: gives a sample for an index.
+        collate: makes a batch of a list of samples; `None` where the loader does not batch.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any] | None) -> None:
+        self._dataset = dataset
+        self._collate = collate
+
+    def sources(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
+        """The samples that rows of a batch were made of, in the order of the rows; `None` where there is no telling.
+
+        Args:
+            indices: what the sampler chose for the batch.
+            rows: positions in the batch.
+            size: number of rows of the batch.
+        """
+        if self._collate is None or self._collate in _PLAIN:
+            return tuple(indices[row] for row in rows) if size == len(indices) else None
+        before = RngState.save()
+        try:
+            return self._asked(indices, rows, size)
+        except Exception:  # a sample or a batch of one sample that cannot be made here tells nothing
+            return None
+        finally:
+            before.restore()
+
+    def _asked(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
+        samples = [_seeded(functools.partial(operator.getitem, self._dataset, index)) for index in indices]
+        whole = self._batch(samples)
+        if batch_size(whole, size) != size:
+            return None
+        alone: dict[int, Any] = {}
+
+        def made_of(row: int, position: int) -> bool:
+            if position not in alone:
+                alone[position] = self._batch([samples[position]] * len(samples))
+            return _same(take(whole, [row], size), take(alone[position], [row], size))
+
+        if len(rows) > _MOST_ROWS:  # spot checks: each costs a batch
+            spots = rows[:: len(rows) // _MOST_ROWS]
+            kept = size == len(indices) and all(made_of(row, row) for row in spots)
+            return tuple(indices[row] for row in rows) if kept else None
+        found = []
+        for row in rows:
+            likely = [row] if row < len(samples) else []
+            source = next((p for p in (*likely, *range(len(samples))) if made_of(row, p)), None)
+            if source is None:
+                return None
+            found.append(indices[source])
+        return tuple(found)
+
+    def _batch(self, samples: list[Any]) -> Any:
+        # Collate functions take samples apart, so that each needs one of its own.
+        assert self._collate is not None
+        collate = self._collate
+        return _seeded(lambda: collate([copy.deepcopy(sample) for sample in samples]))
+
+
+def _seeded(call: Callable[[], Any]) -> Any:
+    random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    return call()
+
+
+def _same(row: Any, other: Any) -> bool:
+    """Whether two rows hold the same, but for the padding that longer samples beside them call for."""
+    pairs = list(zip(named_tensors(row, ""), named_tensors(other, ""), strict=True))
+    return bool(pairs) and all(a == b and _equal(left, right) for (a, left), (b, right) in pairs)
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    if left.ndim != right.ndim:
+        return False
+    extents = [min(pair) for pair in zip(left.shape, right.shape, strict=True)]
+    for cut in (lambda length, whole: slice(0, length), lambda length, whole: slice(whole - length, whole)):
+        parts = [t[tuple(map(cut, extents, t.shape))] for t in (left, right)]
+        if torch.equal(*[part.nan_to_num() for part in parts]) and torch.equal(*[part.isnan() for part in parts]):
+            return True
+    return False
