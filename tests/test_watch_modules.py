@@ -247,6 +247,7 @@ def test_no_hook_stays(tmp_path: Path, action: str) -> None:
     assert hooks_of(model) == []
     assert all(hook.__name__ == "_nothing" for hook in hooks_of(model.copies[0]))
     model.copies[0](torch.ones(4, 4))
+    assert hooks_of(model.copies[0]) == []
     model.out.sum().backward()  # the graph is free of hooks, too
     seed()
     model = Net()
