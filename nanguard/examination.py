@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import final
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, final
 
 from torch import nn
 
-from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnose, suspects
+from nanguard.diagnosis import Diagnosis, Ends, MicroBatch, Rerun, batch_size, diagnose, suspects
 from nanguard.incident import Action, Incident, Trigger
 from nanguard.lead_up import LeadUp
 from nanguard.observer import located
@@ -33,13 +35,22 @@ class Examination:
         module: what is trained.
         transaction: knows the buffers as they were before the step.
         rerun: runs a step again; without it only inputs, parameters and watched modules are looked at.
+        ends: what a step runs in where the outputs of watched modules have to be good, as `Rerun` takes it.
     """
 
-    def __init__(self, options: Options, module: nn.Module, transaction: Transaction, rerun: Rerun | None) -> None:
+    def __init__(
+        self,
+        options: Options,
+        module: nn.Module,
+        transaction: Transaction,
+        rerun: Rerun | None,
+        ends: Callable[[Ends], AbstractContextManager[Callable[[Any], None]]],
+    ) -> None:
         self._options = options
         self._module = module
         self._transaction = transaction
         self._rerun = rerun
+        self._ends = ends
         self._healthy: MicroBatch | None = None
 
     def was_healthy(self, micro: MicroBatch) -> None:
@@ -51,24 +62,25 @@ class Examination:
 
         Args:
             attempt: the micro-batch at fault.
-            trigger: what noticed it. An activation that does not reach the loss cannot be walked back to from there.
+            trigger: what noticed it. From an activation that does not reach the loss the step is walked back.
             sighting: what watched modules saw of it, which counts where the step is not run again.
         """
         try:
-            found = self._autopsy(attempt, trigger) if self._options.enabled else Diagnosis()
+            found = self._autopsy(attempt, trigger, sighting) if self._options.enabled else Diagnosis()
         except Exception as error:  # whatever is wrong with the diagnosis, the incident is worth more
             reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
             found = Diagnosis(advice=f"The diagnosis itself failed: {reason}")
         return located(found, sighting) if found.verdict == "not_replayed" else found
 
-    def _autopsy(self, attempt: Attempt, trigger: Trigger) -> Diagnosis:
-        if self._rerun is None or trigger == "activations":
+    def _autopsy(self, attempt: Attempt, trigger: Trigger, sighting: Sighting | None) -> Diagnosis:
+        if self._rerun is None:
             before = self._transaction.buffers(attempt.micro.before)
-            return suspects(self._module, attempt.micro.args, before, run=trigger == "activations")
+            return suspects(self._module, attempt.micro.args, before, watched=sighting is not None)
+        silent = trigger == "activations"  # an earlier step with such a one went unseen where it was not watched
         found = diagnose(
             attempt.micro,
-            self._rerun,
-            healthy=self._healthy,
+            replace(self._rerun, ends=self._ends) if silent else self._rerun,
+            healthy=None if silent else self._healthy,
             samples=self._options.samples,
             counterfactual=self._options.counterfactuals,
         )

@@ -88,12 +88,12 @@ class Guard:
         self.advice: list[Advice] = [] if advice is None else advice
         self._module = module
         self._transaction = transaction or Transaction(module, moving=MovingParameters(module))
-        self._examine = Examination(policy.diagnosis, module, self._transaction, rerun)
         self._peers = peers
         self._archive = Archive(policy, module, circumstances)
         self._stabilizer = StepStabilizer(policy.stabilize, self.swaps, self.advice)
         self._inputs = InputKeeper()
         self._observer = Observer(module, policy.watch)
+        self._examine = Examination(policy.diagnosis, module, self._transaction, rerun, self._observer.ends)
         self._window = Window(self._transaction)
         self._scaler_streak = 0
         self._budget = SkipBudget(policy.budget)
@@ -126,7 +126,7 @@ class Guard:
         *,
         indices: tuple[int, ...] | None = None,
         rewind: RngState | None = None,
-        optimizers: Iterable[torch.optim.Optimizer] = (),
+        optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
         """Saves the state before one call of the training step with these arguments, the batch first.
 
@@ -139,7 +139,7 @@ class Guard:
         """
         if self.dropping:  # the rest of a window that is left out
             return
-        self._observer.begin(moment.step, first=not self._window.attempts)
+        self._observer.begin(moment.step, first=not self._window.attempts, optimizers=optimizers)
         kept = self._inputs.keep(args)
         micro = MicroBatch(moment.batch_idx, kept, self._transaction.savepoint(), indices, self._stabilizer.needed)
         self._window.attempts.append(Attempt(moment, micro, micro.before, rewind))
@@ -195,6 +195,8 @@ class Guard:
             found = first_suspect(self._window.attempts, gradients)
             if found is None:
                 self._observer.false_alarm(gradients, optimizer)
+        if self._window.told:  # in manual optimization: what the incident was about goes on
+            return _PROCEED
         if scaler is not None and (found is None or found[1] == "gradients"):
             found = self._judge_scaler(scaler, found)
         if found is None and (position := self._observer.bad_micro_batch()) is not None:
@@ -257,6 +259,7 @@ class Guard:
             with self._window.before(attempt):
                 incident = self._archive.store(incident, attempt.micro, attempt.loss)
         self.incidents.append(incident)
+        self._window.incident = trigger
         return self._carry_out(action, incident)
 
     def _details(self, attempt: Attempt, parameters: list[Tensor], sighting: Sighting | None) -> Iterator[str]:
@@ -285,7 +288,8 @@ class Guard:
         """Forgets the window: its step was taken, or left out for good."""
         if not self.dropping and self._window.attempts:
             self._budget.healthy_step()
-            self._examine.was_healthy(self._window.attempts[-1].micro)
+            if self._window.incident is None:
+                self._examine.was_healthy(self._window.attempts[-1].micro)
         self._observer.end(skipped=self.dropping)
         self._window.close()
         self._inputs.learn()

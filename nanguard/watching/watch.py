@@ -12,13 +12,14 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from nanguard.diagnosis import Ends
 from nanguard.patches import Patches
 from nanguard.policy import Watch
 from nanguard.trees import named_tensors
@@ -50,6 +51,7 @@ class ModuleWatch:
         self._nodes: list[Any] = []
         self._windows = itertools.count()
         self._recording = self._paused = self._installed = False
+        self._ends: Ends | None = None
         self.on = False
         self._clear()
 
@@ -111,6 +113,15 @@ class ModuleWatch:
             yield
         finally:
             self._paused = False
+
+    @contextmanager
+    def ends(self, ends: Ends) -> Iterator[Callable[[Any], None]]:
+        """The step is run again inside: what watched modules give is shown to `ends`, if the step was watched."""
+        self._ends = ends
+        try:
+            yield lambda _: None
+        finally:
+            self._ends = None
 
     def end(self) -> None:
         """After the window, and when the fit ends: no hook stays. Does nothing the second time."""
@@ -193,6 +204,9 @@ class ModuleWatch:
             self._measure(call, call.inputs, value, passed=True, again=again)
 
     def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._ends is not None:
+            for _, tensor in named_tensors(output, ""):
+                self._ends.see(tensor, self._options.infinities)
         if self._silent() or not any(call.module == name for call in self._stack):
             return
         while (call := self._stack.pop()).module != name:
