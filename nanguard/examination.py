@@ -18,7 +18,7 @@ from nanguard.transaction import Transaction
 from nanguard.watching import Sighting
 from nanguard.window import Attempt, Moment
 
-__all__ = ["Examination", "incident_of"]
+__all__ = ["Examination", "attempted", "incident_of"]
 
 _SCALER_ADVICE = (
     "Without the loss scale the gradients are finite, so they overflow in half precision only. Lower the learning rate or "
@@ -65,11 +65,9 @@ class Examination:
             trigger: what noticed it. From an activation that does not reach the loss the step is walked back.
             sighting: what watched modules saw of it, which counts where the step is not run again.
         """
-        try:
-            found = self._autopsy(attempt, trigger, sighting) if self._options.enabled else Diagnosis()
-        except Exception as error:  # whatever is wrong with the diagnosis, the incident is worth more
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-            found = Diagnosis(advice=f"The diagnosis itself failed: {reason}")
+        found = Diagnosis()
+        if self._options.enabled:
+            found = attempted(lambda: self._autopsy(attempt, trigger, sighting))
         return located(found, sighting) if found.verdict == "not_replayed" else found
 
     def _autopsy(self, attempt: Attempt, trigger: Trigger, sighting: Sighting | None) -> Diagnosis:
@@ -87,6 +85,15 @@ class Examination:
         if trigger == "scaler" and found.verdict == "transient":
             return Diagnosis(advice=_SCALER_ADVICE)
         return found
+
+
+def attempted(diagnosis: Callable[[], Diagnosis]) -> Diagnosis:
+    """A diagnosis; one that fails says so: whatever is wrong with it, the incident is worth more."""
+    try:
+        return diagnosis()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        return Diagnosis(advice=f"The diagnosis itself failed: {reason}")
 
 
 def incident_of(

@@ -278,6 +278,10 @@ class Guard:
             tell_incident(incident)
         return Ruling(action, incident)
 
+    def lead_up_to_validation(self, step: int) -> LeadUp:
+        """The steps of the training up to a validation after so many of them."""
+        return self._observer.lead_up_to_validation(step)
+
     # -- after the step
 
     def restore(self) -> None:

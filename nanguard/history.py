@@ -138,9 +138,10 @@ class StepHistory:
             self._ring.append(self._open)
         self._open = None
 
-    def lead_up(self) -> LeadUp:
-        """The steps so far, the present one last."""
-        entries = [*self._ring, *([self._open] if self._open is not None else [])]
+    def lead_up(self, validation: int | None = None) -> LeadUp:
+        """The steps so far, the present one last; in a `validation` after so many steps it stands for that."""
+        present = self._open if validation is None else _Entry(validation)
+        entries = [*self._ring, *([present] if present is not None else [])]
         if self._ring.maxlen is not None:
             entries = entries[-self._ring.maxlen :]
         return LeadUp(

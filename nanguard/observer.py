@@ -125,6 +125,10 @@ class Observer:
         self._history.weigh(parameters, optimizer)
         return self._history.lead_up()
 
+    def lead_up_to_validation(self, step: int) -> LeadUp:
+        """The steps of the training up to a validation after so many of them."""
+        return self._history.lead_up(step)
+
     def end(self, *, skipped: bool) -> None:
         """The window is over."""
         self._history.end(skipped=skipped)

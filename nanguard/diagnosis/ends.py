@@ -34,8 +34,8 @@ class Ends:
         self._trace = trace
         self.bad: list[Mark] = []
 
-    def see(self, tensor: Tensor, infinities: Literal["none", "positive", "all"]) -> None:
-        """Looks at a result, for NaN and for the infinities that count."""
+    def see(self, name: str, tensor: Tensor, infinities: Literal["none", "positive", "all"]) -> None:
+        """Looks at a result, which has a name, for NaN and for the infinities that count."""
         with torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
             if tensor.is_meta or (values := values_of(tensor)) is None or values.is_nested:
                 return
@@ -43,7 +43,7 @@ class Ends:
             if mask is None:
                 return
             writes = [] if self._trace is None else list(self._trace.bad.get(storage_of(values), ()))
-            self.bad.append(Mark(values.detach(), mask if plain(values) else None, writes))
+            self.bad.append(Mark(values.detach(), mask if plain(values) else None, writes, name))
 
 
 def bad_elements(tensor: Tensor, infinities: Literal["none", "positive", "all"]) -> Tensor | None:

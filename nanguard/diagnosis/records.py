@@ -69,11 +69,13 @@ class Mark:
         tensor: the result.
         mask: where it is bad, of its shape; `None` where its elements cannot be looked at.
         writes: who wrote it, the newest last.
+        name: what it is called.
     """
 
     tensor: Tensor
     mask: Tensor | None
     writes: list[Write]
+    name: str = ""
 
 
 @dataclass(eq=False)

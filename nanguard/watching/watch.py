@@ -116,7 +116,8 @@ class ModuleWatch:
 
     @contextmanager
     def ends(self, ends: Ends) -> Iterator[Callable[[Any], None]]:
-        """The step is run again inside: what watched modules give is shown to `ends`, if the step was watched."""
+        """The step is run again inside, and what watched modules give is shown to `ends`."""
+        self._install()
         self._ends = ends
         try:
             yield lambda _: None
@@ -205,8 +206,8 @@ class ModuleWatch:
 
     def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._ends is not None:
-            for _, tensor in named_tensors(output, ""):
-                self._ends.see(tensor, self._options.infinities)
+            for place, tensor in named_tensors(output, ""):
+                self._ends.see(f"{name}{place}", tensor, self._options.infinities)
         if self._silent() or not any(call.module == name for call in self._stack):
             return
         while (call := self._stack.pop()).module != name:
