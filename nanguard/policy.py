@@ -9,7 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nanguard.errors import PolicyError
 from nanguard.incident import Cause, Trigger
@@ -131,14 +140,19 @@ class Watch(_Section):
     """
 
     modules: tuple[str, ...] = ()
-    every_n_steps: int = Field(default=50, ge=1)
+    every_n_steps: StrictInt = Field(default=50, ge=1)
     validation: StrictBool = False
     infinities: Literal["none", "positive", "all"] = "positive"
 
     @field_validator("modules", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        patterns = (value,) if isinstance(value, str) else value
+        if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(
+                f"found {value!r}; expected patterns over qualified names of modules, such as ['decoder.*'], or [] for none"
+            )
+        return patterns
 
     @field_validator("modules")
     @classmethod
