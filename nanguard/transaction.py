@@ -26,8 +26,8 @@ from nanguard.values import ATOMIC, Undo, is_constant, save_value, write
 
 __all__ = ["OptimizerSnapshot", "Savepoint", "Transaction"]
 
-# What nn.Module keeps about itself; none of it is state that a step changes.
-_STRUCTURE = frozenset(nn.Module().__dict__) - {"training"}
+# What nn.Module keeps about itself; none of it is state that a step changes. How a module is called may be under watch.
+_STRUCTURE = frozenset(nn.Module().__dict__) - {"training"} | {"_compiled_call_impl"}
 
 
 class Transaction:

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from trainers import assert_same, fit, policy, rows
-from watched import Bulk, Masked, Simple
+from watched import Bulk, Masked, Simple, hooks_of
+
+from nanguard import replay
 
 ALL = {"modules": ["*"], "every_n_steps": 1}
 
@@ -62,6 +64,31 @@ def test_an_activation_is_walked_back_from_although_it_was_overwritten(tmp_path:
         assert incident.dataset_indices == (incident.batch_idx * 4 + 2,)
         assert "The divisor in `ratio = x / flag` is an exact 0" in incident.advice
     assert_same(run, fit(tmp_path, Beside, rows(5, [1, 3], "gradient"), policy(tmp_path, "record")))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["module", "call", "script"])
+def test_modules_that_take_no_hooks_are_walked_back_from(tmp_path: Path, how: str) -> None:
+    torch._dynamo.reset()
+
+    def make() -> Beside:
+        model = Beside()
+        if how == "module":
+            model.side = torch.compile(model.side.ratio, backend="eager")
+        elif how == "call":
+            model.side = model.side.ratio
+            model.side.compile(backend="eager")
+        else:
+            model.side = torch.jit.script(model.side.ratio)
+        return model
+
+    data = rows(3, [1], "gradient")
+    run = fit(tmp_path, make, data, policy(tmp_path, "record", watch=ALL))
+    (incident,) = run.incidents
+    assert (incident.origin.op, incident.origin.module, incident.samples) == ("aten.div", "side", (2,))
+    assert hooks_of(run.model) == []
+    again = replay(incident.capture, make())
+    assert (again.reproduced, again.incident.samples) == (True, (2,))
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
