@@ -132,9 +132,9 @@ class Watch(_Section):
 
     Attributes:
         modules: patterns over the qualified names of modules, as those of a shell (``decoder.*``, ``*`` for all, ``""`` for the
-            root where it is called); each must match when the fit begins.
+            root where it is called); each must match when the fit begins, and matches what comes later, too.
         every_n_steps: the modules are watched in the first optimizer step, and in every so many-th after it.
-        validation: whether what `validation_step` returns and logs is looked at, too.
+        validation: whether what `validation_step` returns and logs inside ``fit`` is looked at, too.
         infinities: which infinities in activations count as bad beside NaN. ``positive`` is the default, because -inf is how
             masks are written; ``none`` is for models that use +inf on purpose, too; ``all`` counts both. In gradients both do.
     """
