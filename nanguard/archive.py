@@ -60,10 +60,18 @@ class Archive:
         # Absolute from the beginning: some programs change their working directory.
         self._directory = policy.capture.directory.expanduser().absolute()
 
-    def store(self, incident: Incident, micro: MicroBatch, loss: Tensor | None) -> Incident:
+    def store(
+        self, incident: Incident, micro: MicroBatch, loss: Tensor | None, function: str = "training_step"
+    ) -> Incident:
         """Captures the step of an incident, and returns the incident with the place of the capture.
 
         The module must be in the state in which it was before the step.
+
+        Args:
+            incident: what happened.
+            micro: the call.
+            loss: what it gave.
+            function: the method that was called.
         """
         options = self._policy.capture
         around = self._circumstances() if options.enabled else None
@@ -86,6 +94,8 @@ class Archive:
             hparams=around.hparams,
             trainer=around.trainer,
             loss=None if loss is None or loss.numel() != 1 else float(loss),
+            function=function,
+            watch=self._watch(incident, function),
         )
         try:
             path = write_capture(
@@ -100,7 +110,16 @@ class Archive:
         except CaptureError as error:
             self._tell_once(error)
             return incident
-        return replace(incident, capture=str(path), replay=replay_command(path, self._module))
+        return replace(incident, capture=str(path), replay=replay_command(path, self._module, function))
+
+    def _watch(self, incident: Incident, function: str) -> dict[str, Any] | None:
+        """What had to be good besides loss and gradients, where that is what the incident is about."""
+        watch = self._policy.watch
+        if function == "validation_step":
+            return {"modules": [], "infinities": watch.infinities}
+        if incident.trigger != "activations":
+            return None
+        return {"modules": list(watch.modules), "infinities": watch.infinities}
 
     def _tell_once(self, error: CaptureError) -> None:
         kind = "limit" if isinstance(error, CaptureLimitReached) else "failure"

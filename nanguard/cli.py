@@ -62,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PKG.MOD:FACTORY",
         help="class or function that builds the module; also path/to/file.py:FACTORY",
     )
+    replay.add_argument(
+        "--step",
+        choices=("training_step", "validation_step"),
+        default=None,
+        help="method to run; default: the one that was captured",
+    )
     replay.add_argument("--weights", choices=("captured", "current"), default="captured", help="default: captured")
     replay.add_argument("--attributes", choices=("captured", "current"), default="captured", help="default: captured")
     replay.add_argument(
@@ -106,13 +112,29 @@ def _replay(options: argparse.Namespace) -> int:
         if options.device is not None:
             module = module.to(options.device)
         result = nanguard.replay(
-            capture, module, weights=options.weights, attributes=options.attributes, stabilize=options.stabilize
+            capture,
+            module,
+            weights=options.weights,
+            attributes=options.attributes,
+            stabilize=options.stabilize,
+            step=_method(capture, module, options.step),
         )
     except NanGuardError:
         raise
     except Exception as error:
         return _fail(f"{capture.path}: the step cannot be replayed: {type(error).__name__}: {error}{_place(error)}")
     return _report(capture, result, options.module)
+
+
+def _method(capture: Any, module: Any, name: str | None) -> Any:
+    """The method to run, where it is not the one that was captured."""
+    if name in (None, capture.function):
+        return None
+    if not callable(getattr(type(module), str(name), None)):
+        raise NanGuardError(
+            f"--step: found {name!r}, which {type(module).__name__} does not have; expected a method of it"
+        )
+    return getattr(type(module), str(name))
 
 
 def _report(capture: Any, result: Any, reference: str) -> int:
@@ -132,9 +154,12 @@ def _report(capture: Any, result: Any, reference: str) -> int:
             else str(result.loss)
         )
         was = "" if capture.loss is None else f" (when captured: {capture.loss:.9g})"
-        print(f"finite: loss={loss}{was}, and all gradients are finite")
+        rest = (
+            "all gradients are finite" if capture.function == "training_step" else "all that the step gives is finite"
+        )
+        print(f"finite: loss={loss}{was}, and {rest}")
         return CLEAN
-    incident = replace(result.incident, replay=replay_command(capture.path, reference))
+    incident = replace(result.incident, replay=replay_command(capture.path, reference, capture.function))
     _print(render_incident(incident))
     if not result.reproduced:
         print(f"note: it failed otherwise when it was captured: {capture.incident.render().splitlines()[0]}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import final
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, final
 
 from torch import nn
 
-from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun, batch_size, diagnose, suspects
+from nanguard.diagnosis import Diagnosis, Ends, MicroBatch, Rerun, batch_size, diagnose, suspects
 from nanguard.incident import Action, Incident, Trigger
 from nanguard.lead_up import LeadUp
 from nanguard.observer import located
@@ -16,7 +18,7 @@ from nanguard.transaction import Transaction
 from nanguard.watching import Sighting
 from nanguard.window import Attempt, Moment
 
-__all__ = ["Examination", "Sources", "incident_of"]
+__all__ = ["Examination", "Sources", "attempted", "incident_of"]
 
 # Of the indices of a batch, those that rows were made of, given its size.
 Sources = Callable[[Sequence[int], Sequence[int], int], "tuple[int, ...] | None"]
@@ -35,13 +37,22 @@ class Examination:
         module: what is trained.
         transaction: knows the buffers as they were before the step.
         rerun: runs a step again; without it only inputs, parameters and watched modules are looked at.
+        ends: what a step runs in where the outputs of watched modules have to be good, as `Rerun` takes it.
     """
 
-    def __init__(self, options: Options, module: nn.Module, transaction: Transaction, rerun: Rerun | None) -> None:
+    def __init__(
+        self,
+        options: Options,
+        module: nn.Module,
+        transaction: Transaction,
+        rerun: Rerun | None,
+        ends: Callable[[Ends], AbstractContextManager[Callable[[Any], None]]],
+    ) -> None:
         self._options = options
         self._module = module
         self._transaction = transaction
         self._rerun = rerun
+        self._ends = ends
         self._healthy: MicroBatch | None = None
 
     def was_healthy(self, micro: MicroBatch) -> None:
@@ -53,30 +64,38 @@ class Examination:
 
         Args:
             attempt: the micro-batch at fault.
-            trigger: what noticed it. An activation that does not reach the loss cannot be walked back to from there.
+            trigger: what noticed it. From an activation that does not reach the loss the step is walked back.
             sighting: what watched modules saw of it, which counts where the step is not run again.
         """
-        try:
-            found = self._autopsy(attempt, trigger) if self._options.enabled else Diagnosis()
-        except Exception as error:  # whatever is wrong with the diagnosis, the incident is worth more
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-            found = Diagnosis(advice=f"The diagnosis itself failed: {reason}")
+        found = Diagnosis()
+        if self._options.enabled:
+            found = attempted(lambda: self._autopsy(attempt, trigger, sighting))
         return located(found, sighting) if found.verdict == "not_replayed" else found
 
-    def _autopsy(self, attempt: Attempt, trigger: Trigger) -> Diagnosis:
-        if self._rerun is None or trigger == "activations":
+    def _autopsy(self, attempt: Attempt, trigger: Trigger, sighting: Sighting | None) -> Diagnosis:
+        if self._rerun is None:
             before = self._transaction.buffers(attempt.micro.before)
-            return suspects(self._module, attempt.micro.args, before, run=trigger == "activations")
+            return suspects(self._module, attempt.micro.args, before, watched=sighting is not None)
+        silent = trigger == "activations"  # an earlier step with such a one went unseen where it was not watched
         found = diagnose(
             attempt.micro,
-            self._rerun,
-            healthy=self._healthy,
+            replace(self._rerun, ends=self._ends) if silent else self._rerun,
+            healthy=None if silent else self._healthy,
             samples=self._options.samples,
             counterfactual=self._options.counterfactuals,
         )
         if trigger == "scaler" and found.verdict == "transient":
             return Diagnosis(advice=_SCALER_ADVICE)
         return found
+
+
+def attempted(diagnosis: Callable[[], Diagnosis]) -> Diagnosis:
+    """A diagnosis; one that fails says so: whatever is wrong with it, the incident is worth more."""
+    try:
+        return diagnosis()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        return Diagnosis(advice=f"The diagnosis itself failed: {reason}")
 
 
 def incident_of(

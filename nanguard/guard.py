@@ -90,13 +90,13 @@ class Guard:
         self.advice: list[Advice] = [] if advice is None else advice
         self._module = module
         self._transaction = transaction or Transaction(module, moving=MovingParameters(module))
-        self._examine = Examination(policy.diagnosis, module, self._transaction, rerun)
         self._peers = peers
         self._sources = sources
         self._archive = Archive(policy, module, circumstances)
         self._stabilizer = StepStabilizer(policy.stabilize, self.swaps, self.advice)
         self._inputs = InputKeeper()
         self._observer = Observer(module, policy.watch)
+        self._examine = Examination(policy.diagnosis, module, self._transaction, rerun, self._observer.ends)
         self._window = Window(self._transaction)
         self._scaler_streak = 0
         self._budget = SkipBudget(policy.budget)
@@ -129,7 +129,7 @@ class Guard:
         *,
         indices: tuple[int, ...] | None = None,
         rewind: RngState | None = None,
-        optimizers: Iterable[torch.optim.Optimizer] = (),
+        optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
         """Saves the state before one call of the training step with these arguments, the batch first.
 
@@ -142,7 +142,7 @@ class Guard:
         """
         if self.dropping:  # the rest of a window that is left out
             return
-        self._observer.begin(moment.step, first=not self._window.attempts)
+        self._observer.begin(moment.step, first=not self._window.attempts, optimizers=optimizers)
         kept = self._inputs.keep(args)
         micro = MicroBatch(moment.batch_idx, kept, self._transaction.savepoint(), indices, self._stabilizer.needed)
         self._window.attempts.append(Attempt(moment, micro, micro.before, rewind))
@@ -158,7 +158,7 @@ class Guard:
     def stabilizing(self, micro: MicroBatch | None = None) -> AbstractContextManager[Any]:
         """What the forward pass of the present micro-batch runs in, or that of an earlier one which is run again."""
         again = micro is not None
-        if micro is None and self._window:
+        if micro is None and self._window.attempts:
             micro = self._window.attempts[-1].micro
         off = micro is not None and not micro.stabilized
         around = nullcontext() if off else self._stabilizer.around or nullcontext()
@@ -198,6 +198,8 @@ class Guard:
             found = first_suspect(self._window.attempts, gradients)
             if found is None:
                 self._observer.false_alarm(gradients, optimizer)
+        if self._window.told:  # in manual optimization: what the incident was about goes on
+            return _PROCEED
         if scaler is not None and (found is None or found[1] == "gradients"):
             found = self._judge_scaler(scaler, found)
         if found is None and (position := self._observer.bad_micro_batch()) is not None:
@@ -262,6 +264,7 @@ class Guard:
             with self._window.before(attempt):
                 incident = self._archive.store(incident, attempt.micro, attempt.loss)
         self.incidents.append(incident)
+        self._window.incident = trigger
         return self._carry_out(action, incident)
 
     def _details(self, attempt: Attempt, parameters: list[Tensor], sighting: Sighting | None) -> Iterator[str]:
@@ -280,6 +283,10 @@ class Guard:
             tell_incident(incident)
         return Ruling(action, incident)
 
+    def lead_up_to_validation(self, step: int) -> LeadUp:
+        """The steps of the training up to a validation after so many of them."""
+        return self._observer.lead_up_to_validation(step)
+
     # -- after the step
 
     def restore(self) -> None:
@@ -290,7 +297,8 @@ class Guard:
         """Forgets the window: its step was taken, or left out for good."""
         if not self.dropping and self._window.attempts:
             self._budget.healthy_step()
-            self._examine.was_healthy(self._window.attempts[-1].micro)
+            if self._window.incident is None:
+                self._examine.was_healthy(self._window.attempts[-1].micro)
         self._observer.end(skipped=self.dropping)
         self._window.close()
         self._inputs.learn()

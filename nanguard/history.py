@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -64,11 +65,13 @@ class StepHistory:
     def __init__(self, size: int = STEPS) -> None:
         self._ring: deque[_Entry] = deque(maxlen=size)
         self._open: _Entry | None = None
+        self._optimizers: Sequence[Any] = ()
         self._begun = 0
 
-    def begin(self, step: int) -> None:
-        """A window begins, after so many optimizer steps."""
+    def begin(self, step: int, optimizers: Sequence[Any] = ()) -> None:
+        """A window begins, after so many optimizer steps; `optimizers` are those that step in it, if several may."""
         self._open = _Entry(step)
+        self._optimizers = optimizers
         self._begun += 1
 
     def wants(self, parameters: list[Tensor]) -> Tensor | None:
@@ -102,7 +105,7 @@ class StepHistory:
         if parameters is not None:
             entry.parameters[key] = parameters
         if optimizer is not None:
-            entry.rates[key] = [_held(group.get("lr")) for group in optimizer.param_groups]
+            entry.rates[key] = _rates(optimizer)
         entry.scale = scale
 
     def measure(self, gradients: list[Tensor], optimizer: Any = None) -> None:
@@ -119,6 +122,9 @@ class StepHistory:
                 found = norms(parameters)
             if found is not None:
                 self._open.parameters[id(optimizer)] = math.hypot(*found.tolist())
+            # Those whose turn has not come yet have learning rates, too.
+            rates = {id(entry): _rates(entry) for entry in self._optimizers}
+            self._open.rates = {**rates, **self._open.rates}
 
     def left_out(self) -> None:
         """The GradScaler will leave the present step out."""
@@ -132,9 +138,10 @@ class StepHistory:
             self._ring.append(self._open)
         self._open = None
 
-    def lead_up(self) -> LeadUp:
-        """The steps so far, the present one last."""
-        entries = [*self._ring, *([self._open] if self._open is not None else [])]
+    def lead_up(self, validation: int | None = None) -> LeadUp:
+        """The steps so far, the present one last; in a `validation` after so many steps it stands for that."""
+        present = self._open if validation is None else _Entry(validation)
+        entries = [*self._ring, *([present] if present is not None else [])]
         if self._ring.maxlen is not None:
             entries = entries[-self._ring.maxlen :]
         return LeadUp(
@@ -150,6 +157,10 @@ class StepHistory:
 
 def _wide(values: Tensor) -> torch.dtype:
     return torch.complex128 if values.is_complex() else torch.float64
+
+
+def _rates(optimizer: Any) -> list[Any]:
+    return [_held(group.get("lr")) for group in optimizer.param_groups]
 
 
 def _held(rate: Any) -> Any:

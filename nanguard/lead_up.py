@@ -8,7 +8,8 @@ most 100 values) is the *usual*: its median, and its spread, which is 1.4826 tim
 a tenth of the median. Where nothing came before the climb, its first value is the usual.
 3. A value more than five spreads above the median is *unusual*. A climb of two or more increases to an unusual value is
 `growth`; without one, a last value that is unusual against all before it is a `jump`; otherwise the column was `usual`.
-4. The step is told by the worse column: growth, then a jump; where both were usual it was a bolt out of the blue.
+4. The step is told by the worse column: growth, then a jump; where both were usual it was a bolt out of the blue. 5. Nothing is
+told of a column of which fewer than five earlier values are known, nor of one that is back to the usual in the failing step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = ["LeadUp", "Trend", "trend_of"]
 
 _MOST = 100  # values that make up the usual
 _SHOWN = 4  # values of a column in the summary
+_FEW = 5  # earlier values without which nothing can be said of growth or a jump
 
 
 @final
@@ -47,15 +49,25 @@ def trend_of(values: Sequence[float]) -> Trend:
     """Judges finite values in the order of their steps, the last one being that of the step before the failure."""
     if not values:
         return Trend("unknown")
-    last, start = values[-1], len(values) - 1
-    while start and values[start - 1] < values[start]:
-        start -= 1
-    climb = len(values) - 1 - start
-    usual = values[:start] or values[:1]
+    last, climb = values[-1], _climb(values)
+    usual = _before(values, climb)
     if climb >= 2 and _unusual(last, usual):
         return Trend("growth", climb, _center(usual), last)
-    usual = values[:-1] or values
+    usual = _before(values, 0)
     return Trend("jump" if _unusual(last, usual) else "usual", 0, _center(usual), last)
+
+
+def _climb(values: Sequence[float]) -> int:
+    """How many increases in a row end with the last value."""
+    start = len(values) - 1
+    while start and values[start - 1] < values[start]:
+        start -= 1
+    return len(values) - 1 - start
+
+
+def _before(values: Sequence[float], climb: int) -> Sequence[float]:
+    """The values before a climb of so many increases, or before the last value where that was none."""
+    return values[: -1 - climb] or values[:1]
 
 
 def _center(usual: Sequence[float]) -> float:
@@ -117,8 +129,7 @@ class LeadUp:
 
     def trend(self, column: Literal["loss", "gradient_norm"]) -> Trend:
         """How the column came to its last value before the failing step, by the rule above."""
-        pairs = zip(self._column(column)[:-1], self.skipped[:-1], strict=True)
-        return trend_of([value for value, skipped in pairs if value is not None and _counts(value, skipped)])
+        return trend_of(self._earlier(column))
 
     def summary(self) -> str:
         """The lead-up in a line, such as ``loss 2.31 -> nan, gradient norm 1.1 -> 48 -> 9.7e+12: it grew for 2 steps``."""
@@ -127,16 +138,34 @@ class LeadUp:
         if self._was_failing():
             return "the step before was non-finite already, and was not left out"
         trends = {"loss": self.trend("loss"), "gradient norm": self.trend("gradient_norm")}
+        unusual = [name for name, trend in trends.items() if trend.kind in ("growth", "jump")]
+        longer = [name for name in unusual if len(self._earlier(_COLUMNS[name])) >= _FEW]
         for kind in ("growth", "jump"):
-            told = [name for name, trend in trends.items() if trend.kind == kind]
+            told = [name for name in longer if trends[name].kind == kind and not self._is_back(_COLUMNS[name])]
             if told:
                 return f"{self._shown()}: {_told(told, trends)}"
+        if unusual:
+            back = ", ".join(f"the {name} is back to the usual ({trends[name].median:.3g})" for name in longer)
+            return f"{self._shown()}: {back or 'too few steps to judge by'}"
         known = {name: trend for name, trend in trends.items() if trend.kind == "usual"}
         if not known:
             return "unknown: no step before it had a finite loss or gradient norm"
         medians = ", ".join(f"{trend.median:.3g}" for trend in known.values())
         verb = "were" if len(known) > 1 else "was"
         return f"a bolt out of the blue: {' and '.join(known)} {verb} as usual (median {medians}) up to the step before"
+
+    def _earlier(self, column: str) -> list[float]:
+        """The values before the failing step that count."""
+        pairs = zip(self._column(column)[:-1], self.skipped[:-1], strict=True)
+        return [value for value, skipped in pairs if value is not None and _counts(value, skipped)]
+
+    def _is_back(self, column: str) -> bool:
+        """Whether the failing step itself has a value as usual."""
+        present, values = self._column(column)[-1], self._earlier(column)
+        if present is None or not math.isfinite(present):
+            return False
+        growth = trend_of(values).kind == "growth"
+        return not _unusual(present, _before(values, _climb(values) if growth else 0))
 
     def _column(self, name: str) -> tuple[float | None, ...]:
         found: tuple[float | None, ...] = getattr(self, name)
@@ -172,6 +201,9 @@ class LeadUp:
             )
         except TypeError as error:
             raise ValueError(f"LeadUp: {error}; expected a list of numbers in each column") from None
+
+
+_COLUMNS = {"loss": "loss", "gradient norm": "gradient_norm"}
 
 
 def _counts(value: float, skipped: bool) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, final
 
 from torch import Tensor, nn
 
-from nanguard.diagnosis import Diagnosis
+from nanguard.diagnosis import Diagnosis, Ends
 from nanguard.history import LossScale, StepHistory
 from nanguard.incident import Origin
 from nanguard.lead_up import LeadUp
@@ -38,10 +38,16 @@ class Observer:
         """The fit begins. Raises `PolicyError` where a pattern of the policy matches no module."""
         self._watch.start()
 
-    def begin(self, step: int, *, first: bool) -> None:
-        """A micro-batch begins, after so many optimizer steps; the `first` of a window begins the window."""
+    def begin(self, step: int, *, first: bool, optimizers: Sequence[Any] = ()) -> None:
+        """A micro-batch begins, after so many optimizer steps; the `first` of a window begins the window.
+
+        Args:
+            step: the optimizer steps.
+            first: whether it is the first.
+            optimizers: those that step in the window, where there may be several.
+        """
         if first:
-            self._history.begin(step)
+            self._history.begin(step, optimizers)
         self._watch.begin(first=first)
 
     def around(self, inner: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
@@ -94,6 +100,10 @@ class Observer:
         """The position of the first micro-batch in which an activation of a watched module is bad; said once in a window."""
         return self._watch.bad_micro_batch() if self._watch.on else None
 
+    def ends(self, ends: Ends) -> AbstractContextManager[Callable[[Any], None]]:
+        """The step is run again inside, and the outputs of watched modules have to be good."""
+        return self._watch.ends(ends)
+
     def paused(self) -> AbstractContextManager[None]:
         """The step is run again inside: nothing of that is recorded."""
         return self._watch.paused()
@@ -115,6 +125,10 @@ class Observer:
         self._history.weigh(parameters, optimizer)
         return self._history.lead_up()
 
+    def lead_up_to_validation(self, step: int) -> LeadUp:
+        """The steps of the training up to a validation after so many of them."""
+        return self._history.lead_up(step)
+
     def end(self, *, skipped: bool) -> None:
         """The window is over."""
         self._history.end(skipped=skipped)
@@ -130,10 +144,16 @@ def located(found: Diagnosis, sighting: Sighting | None) -> Diagnosis:
     """A diagnosis from the state alone, with the module and the operands that the hooks saw, if they saw any."""
     if sighting is None or sighting.phase is None:
         return found
+    module = sighting.module
     if found.cause == "bad_input" and sighting.clean:
-        found = Diagnosis()  # that input did no harm: the module that failed was given finite values
+        # That input did no harm: the module that failed was given finite values.
+        found = Diagnosis(advice=f"Look into {_name(module)}: it was given finite values only.")
+    elif found.cause == "bad_input" and sighting.given is not None:
+        module = sighting.given
     origin = found.origin or Origin()
-    origin = replace(
-        origin, phase=sighting.phase, module=sighting.module, operands=origin.operands or sighting.operands
-    )
+    origin = replace(origin, phase=sighting.phase, module=module, operands=origin.operands or sighting.operands)
     return replace(found, origin=origin)
+
+
+def _name(module: str | None) -> str:
+    return f"`{module}`" if module else "the root module"

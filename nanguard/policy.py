@@ -9,7 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nanguard.errors import PolicyError
 from nanguard.incident import Cause, Trigger
@@ -123,22 +132,27 @@ class Watch(_Section):
 
     Attributes:
         modules: patterns over the qualified names of modules, as those of a shell (``decoder.*``, ``*`` for all, ``""`` for the
-            root where it is called); each must match when the fit begins.
+            root where it is called); each must match when the fit begins, and matches what comes later, too.
         every_n_steps: the modules are watched in the first optimizer step, and in every so many-th after it.
-        validation: whether what `validation_step` returns and logs is looked at, too.
+        validation: whether what `validation_step` returns and logs inside ``fit`` is looked at, too.
         infinities: which infinities in activations count as bad beside NaN. ``positive`` is the default, because -inf is how
             masks are written; ``none`` is for models that use +inf on purpose, too; ``all`` counts both. In gradients both do.
     """
 
     modules: tuple[str, ...] = ()
-    every_n_steps: int = Field(default=50, ge=1)
+    every_n_steps: StrictInt = Field(default=50, ge=1)
     validation: StrictBool = False
     infinities: Literal["none", "positive", "all"] = "positive"
 
     @field_validator("modules", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        patterns = (value,) if isinstance(value, str) else value
+        if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(
+                f"found {value!r}; expected patterns over qualified names of modules, such as ['decoder.*'], or [] for none"
+            )
+        return patterns
 
     @field_validator("modules")
     @classmethod

@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset
 
 from nanguard.patches import Patches
 from nanguard.provenance import Collation
 
-__all__ = ["IndexRecorder", "SampleRecord", "base_indices"]
+__all__ = ["IndexRecorder", "SampleRecord", "base_indices", "indices_in_order"]
 
 
 @final
@@ -131,6 +131,17 @@ def _collation(loader: Any) -> Collation | None:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return Collation(dataset, loader.collate_fn if loader.batch_sampler is not None else None)
+
+
+def indices_in_order(loader: Any, batch_idx: int) -> tuple[int, ...] | None:
+    """The samples of a batch as indices into the dataset, of a loader that goes through it in order; `None` of any other."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    sampler = loader.batch_sampler
+    if type(sampler) is not BatchSampler or type(sampler.sampler) is not SequentialSampler:
+        return None
+    first = batch_idx * sampler.batch_size
+    return base_indices(loader.dataset, tuple(range(first, min(first + sampler.batch_size, len(sampler.sampler)))))
 
 
 def base_indices(dataset: Any, indices: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -20,7 +20,7 @@ from nanguard.moving import MovingParameters
 from nanguard.patches import Patches
 from nanguard.policy import Policy
 from nanguard.rng import RngState
-from nanguard.sampling import SampleRecord
+from nanguard.sampling import SampleRecord, indices_in_order
 from nanguard.trainer_state import (
     IGNORED,
     circumstances,
@@ -35,6 +35,7 @@ from nanguard.trainer_state import (
     save_progress,
     save_results,
     validated_values,
+    validation_loader,
 )
 from nanguard.transaction import Transaction
 from nanguard.validation import ValidationWatch, validation_arguments
@@ -120,7 +121,16 @@ class Session:
 
     def _make_validation(self, incidents: list[Incident]) -> ValidationWatch:
         peers = peers_of(self._trainer) if self._trainer.world_size > 1 else None
-        return ValidationWatch(self._policy, self._module, self._circumstances, incidents, peers, IGNORED)
+        return ValidationWatch(
+            self._policy,
+            self._module,
+            self._circumstances,
+            incidents,
+            peers=peers,
+            ignored=IGNORED,
+            surroundings=self._quiet_validation if peers is None else None,
+            lead_up=self.guard.lead_up_to_validation,
+        )
 
     # -- wrapping
 
@@ -157,6 +167,12 @@ class Session:
     @contextmanager
     def _quiet(self, micro: MicroBatch) -> Iterator[None]:
         with quiet(self._trainer, self._module), self._plain_context(), self.guard.stabilizing(micro):
+            yield
+
+    @contextmanager
+    def _quiet_validation(self, micro: MicroBatch) -> Iterator[None]:
+        plugin = self._trainer.precision_plugin
+        with quiet(self._trainer, self._module, "validation_step"), plugin.val_step_context():
             yield
 
     def _optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
@@ -302,7 +318,13 @@ class Session:
         if self._validation is not None:
             place = f" of loader {dataloader_idx}" if dataloader_idx else ""
             logged = validated_values(self._trainer)
-            self._trainer.should_stop |= self._validation.end(self._moment(batch_idx), output, logged, place)
+            self._trainer.should_stop |= self._validation.end(
+                self._moment(batch_idx),
+                output,
+                logged,
+                place=place,
+                indices=lambda: indices_in_order(validation_loader(self._trainer, dataloader_idx), batch_idx),
+            )
 
     def finish_validation(self) -> None:
         """After the last validation step."""

@@ -35,6 +35,7 @@ __all__ = [
     "save_manual",
     "save_results",
     "validated_values",
+    "validation_loader",
 ]
 
 # Attributes through which Lightning ties a module to its Trainer; they are not the module's state.
@@ -133,6 +134,14 @@ def validated_values(trainer: Any) -> list[tuple[str, Tensor]]:
     return [(str(metric.meta.name), metric.value) for metric in results.values() if metric.is_tensor]
 
 
+def validation_loader(trainer: Any, number: int) -> Any:
+    """The loader that a validation batch came from, where that is one; relies on ``val_loop._combined_loader``."""
+    loaders: Any = getattr(trainer.fit_loop.epoch_loop.val_loop, "_combined_loader", None)
+    if getattr(loaders, "_mode", "") != "sequential":  # a batch of several loaders at once
+        return None
+    return loaders.flattened[number] if number < len(loaders.flattened) else None
+
+
 def is_users_hook(module: Any, name: str) -> bool:
     """Whether the module overrides a hook of LightningModule."""
     home = getattr(getattr(type(module), name, None), "__module__", "")
@@ -204,14 +213,14 @@ def autocast(context: Callable[[], AbstractContextManager[Any]]) -> dict[str, st
 
 
 @contextmanager
-def quiet(trainer: Any, module: Any) -> Iterator[None]:
-    """A training step that is run again logs nothing, prints nothing and reaches no logger."""
+def quiet(trainer: Any, module: Any, function: str = "training_step") -> Iterator[None]:
+    """A step that is run again logs nothing, prints nothing and reaches no logger."""
     patches = Patches()
     loggers, name = trainer.loggers, module._current_fx_name
     for method in ("log", "log_dict", "print"):
         patches.set(module, method, _nothing)
     trainer.loggers = []
-    module._current_fx_name = "training_step"
+    module._current_fx_name = function
     try:
         yield
     finally:

@@ -22,12 +22,12 @@ from torch.nn.parameter import is_lazy
 from nanguard.moving import MovingParameters, ParameterSnapshot
 from nanguard.rng import RngState
 from nanguard.sentinel import finite_flags
-from nanguard.values import ATOMIC, Undo, is_constant, save_value
+from nanguard.values import ATOMIC, Undo, is_constant, save_value, write
 
 __all__ = ["OptimizerSnapshot", "Savepoint", "Transaction"]
 
-# What nn.Module keeps about itself; none of it is state that a step changes.
-_STRUCTURE = frozenset(nn.Module().__dict__) - {"training"}
+# What nn.Module keeps about itself; none of it is state that a step changes. How a module is called may be under watch.
+_STRUCTURE = frozenset(nn.Module().__dict__) - {"training"} | {"_compiled_call_impl"}
 
 
 class Transaction:
@@ -178,7 +178,7 @@ class Savepoint:
             for owner, layout in zip(self._owners, self._layouts, strict=True):
                 _refill(owner, layout)
             for buffer, copy in zip(self.live, self.copies, strict=True):
-                buffer.detach().copy_(copy)
+                write(buffer, copy)
             for own, values, undos in self._attributes:
                 for name in own.keys() - self._skip - values.keys():
                     del own[name]

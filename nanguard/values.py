@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ATOMIC", "Undo", "is_constant", "save_value"]
+__all__ = ["ATOMIC", "Undo", "is_constant", "save_value", "write"]
 
 Undo = Callable[[], None]
 
@@ -100,9 +100,18 @@ def _save_tensor(tensor: Tensor) -> Undo:
         # Untouched tensors are left alone, because a write would invalidate graphs that saved them; fused optimizers write
         # without counting a version.
         if version is None or tensor._version != version or not torch.equal(tensor, copy):
-            tensor.detach().copy_(copy)
+            write(tensor, copy)
 
     return undo
+
+
+def write(tensor: Tensor, copy: Tensor) -> None:
+    """Puts a copy back into a tensor, also into one that was made in inference mode, which is written only there."""
+    if not tensor.is_inference():
+        tensor.detach().copy_(copy)
+        return
+    with torch.inference_mode():
+        tensor.copy_(copy)
 
 
 def _save_sequence(value: Any) -> Undo:

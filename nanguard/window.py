@@ -61,13 +61,20 @@ class Window:
 
     Attributes:
         attempts: the micro-batches in order.
+        incident: what noticed that something is wrong with them, once an incident tells of it.
     """
 
     def __init__(self, transaction: Transaction) -> None:
         self.attempts: list[Attempt] = []
+        self.incident: Trigger | None = None
         self._transaction = transaction
         self._moved: OptimizerSnapshot | None = None
         self._held: ParameterSnapshot | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether what later decisions find was told of already: an activation need not be why a loss is bad."""
+        return self.incident not in (None, "activations")
 
     def follow(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """From now on these optimizers may move parameters, which a return undoes."""
@@ -111,6 +118,7 @@ class Window:
             attempt.undo.release()
             attempt.micro.before.release()
         self.attempts.clear()
+        self.incident = None
         self._moved = None
         self._held = None
 

@@ -76,10 +76,10 @@ def test_exponential_growth_is_growth_whatever_the_unit(noise, factor, steps, un
 
 def test_a_spike_and_a_bolt_out_of_the_blue_are_told_apart():
     nan = math.nan
-    spike = lead_up([2.31, 2.29, 2.35, nan], [1.1, 48.0, 9.7e12, nan])
+    spike = lead_up([2.3, 2.2, 2.31, 2.29, 2.35, nan], [1.2, 1.2, 1.1, 48.0, 9.7e12, nan])
     assert spike.summary() == (
         "loss 2.31 -> 2.29 -> 2.35 -> nan; gradient norm 1.1 -> 48 -> 9.7e+12 -> nan over 4 steps: "
-        "the gradient norm grew for 2 steps (usual 1.1)"
+        "the gradient norm grew for 2 steps (usual 1.2)"
     )
     bolt = lead_up([*USUAL, nan], [1.0, 1.2, 1.1, 1.0, 1.3, 1.1, 1.05, nan])
     assert bolt.summary() == (
@@ -90,6 +90,28 @@ def test_a_spike_and_a_bolt_out_of_the_blue_are_told_apart():
     assert lead_up([nan], [nan]).summary() == "none: it was the first step that was seen"
     assert "non-finite already" in lead_up([1.0, nan, nan], [1.0, nan, nan]).summary()
     assert "no step before it had" in lead_up([None, None], [None, nan]).summary()
+
+
+@pytest.mark.parametrize("values", [[0.632, 1.39], [1.1, 48.0, 9.7e12], [1.0, 1.1, 1.0, 50.0]])
+def test_a_few_steps_are_too_few_to_speak_of_growth_or_a_jump(values: list[float]) -> None:
+    summary = lead_up([*values, math.nan], [*([1.0] * len(values)), math.nan]).summary()
+    assert summary.endswith("too few steps to judge by")
+    assert "-> nan" in summary
+    longer = lead_up([*([values[0]] * 4), *values, math.nan], [*([1.0] * (len(values) + 4)), math.nan])
+    assert "grew" in longer.summary() or "jumped" in longer.summary()
+
+
+@pytest.mark.parametrize("climb", [[30.0], [9.0, 40.0, 41.0]])
+def test_what_is_back_to_the_usual_is_no_growth_and_no_jump(climb: list[float]) -> None:
+    """The failing step may have a finite loss: an activation beside it was bad."""
+    still = [1.0] * (len(USUAL) + len(climb))
+    back = lead_up([*USUAL, *climb, 2.3], [*still, 1.0])
+    assert back.summary().endswith("over 4 steps: the loss is back to the usual (2.29)")
+    high = lead_up([*USUAL, *climb, 2.3 + climb[-1]], [*still, 1.0])
+    assert "the loss grew" in high.summary() or "the loss jumped" in high.summary()
+    other = lead_up([*USUAL, *climb, 2.3], [*USUAL, *climb, math.nan])
+    assert "the gradient norm" in other.summary().split(":")[1]
+    assert "the loss" not in other.summary()
 
 
 def test_what_was_left_out_does_not_count():
@@ -231,7 +253,7 @@ def test_several_optimizers_in_one_step_are_one_entry(tmp_path: Path) -> None:
 def test_growth_is_told_of_a_run_that_diverges(tmp_path: Path) -> None:
     class Diverging(Plain):
         def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=20.0)
+            return torch.optim.SGD(self.parameters(), lr=2.0)
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             self.losses.append(0.0)

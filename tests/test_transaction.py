@@ -264,3 +264,18 @@ def test_optimizers_go_on_as_if_nothing_had_been(make, warm):
     snapshot.restore()
     step(data[5])
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), expected, strict=True))
+
+
+def test_tensors_that_were_made_in_inference_mode_are_put_back_outside_it():
+    module = nn.Module()
+    module.register_buffer("mean", torch.zeros(2))
+    with torch.inference_mode():
+        module.total, module.mean = torch.zeros(2), torch.ones(2)
+    held = module.total
+    savepoint = Transaction(module).savepoint()
+    with torch.inference_mode():
+        module.total += 1
+        module.mean += 1
+    savepoint.restore()
+    assert module.total is held
+    assert (module.total.tolist(), module.mean.tolist()) == ([0.0, 0.0], [1.0, 1.0])

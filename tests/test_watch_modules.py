@@ -97,8 +97,8 @@ def test_a_bad_activation_that_never_reaches_the_loss_is_an_incident_where_it_is
     data = rows(4, [2])
     assert fit(tmp_path, Masked, data, policy(tmp_path)).incidents == []
     (incident,) = fit(tmp_path, Masked, data, watched(tmp_path)).incidents
-    assert (incident.trigger, incident.batch_idx, incident.verdict) == ("activations", 2, "not_replayed")
-    assert (incident.origin.module, incident.origin.phase) == ("inverse", "forward")
+    assert (incident.trigger, incident.batch_idx, incident.verdict) == ("activations", 2, "reproduced")
+    assert (incident.origin.module, incident.origin.phase, incident.samples) == ("inverse", "forward", (2,))
     assert incident.origin.operands[0].nan == 0
     assert "first non-finite output of a watched module: `inverse`" in incident.detail
     names = [stats.name for stats in incident.activations]
@@ -247,6 +247,7 @@ def test_no_hook_stays(tmp_path: Path, action: str) -> None:
     assert hooks_of(model) == []
     assert all(hook.__name__ == "_nothing" for hook in hooks_of(model.copies[0]))
     model.copies[0](torch.ones(4, 4))
+    assert hooks_of(model.copies[0]) == []
     model.out.sum().backward()  # the graph is free of hooks, too
     seed()
     model = Net()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from nanguard.capture.showing import around_of
 from nanguard.diagnosis import MicroBatch, Rerun, diagnose
 from nanguard.incident import Incident
 from nanguard.transaction import Transaction
@@ -21,6 +22,10 @@ def explained(step: FailedStep, incident: Incident) -> Incident:
     transaction = Transaction(step.module)
     micro = MicroBatch(incident.batch_idx, step.args, transaction.savepoint())
     rerun = Rerun(step.module, transaction, lambda *args: step(*args, **step.kwargs))
+    if step.capture.function == "validation_step":
+        rerun = replace(rerun, graph=False)
+    if incident.trigger == "activations" or not rerun.graph:
+        rerun = replace(rerun, ends=around_of(step.capture, step.module))
     found = diagnose(micro, rerun)
     return replace(
         incident,

@@ -52,7 +52,7 @@ class Capture:
     @cached_property
     def incident(self) -> Incident:
         """What happened, with `capture` and `replay` set to where the capture lies now."""
-        command = replay_command(self.path, str(self.manifest["module"]["class"]))
+        command = replay_command(self.path, str(self.manifest["module"]["class"]), self.function)
         found = Incident.from_dict(self.manifest["incident"])
         return dataclasses.replace(found, capture=str(self.path), replay=command)
 
@@ -75,6 +75,17 @@ class Capture:
     def rank(self) -> int:
         """The process that wrote the capture."""
         return int(self.manifest["step"]["rank"])
+
+    @property
+    def function(self) -> str:
+        """The method that was called: ``training_step`` or ``validation_step``."""
+        return str(self.manifest["step"].get("function", "training_step"))
+
+    @property
+    def watch(self) -> Mapping[str, Any] | None:
+        """Where more than loss and gradients has to be finite: the watched ``modules``, and which ``infinities`` count."""
+        found: Mapping[str, Any] | None = self.manifest["step"].get("watch")
+        return found
 
     @property
     def loss(self) -> float | None:

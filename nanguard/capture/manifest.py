@@ -66,11 +66,18 @@ def _shortest(script: str) -> str:
     return os.path.abspath(script) if relative.startswith(os.pardir) else relative
 
 
-def replay_command(path: str | Path, module: object) -> str:
-    """The command that replays the capture at `path`; `module` is the live module, its class, or ``pkg.mod:factory``."""
+def replay_command(path: str | Path, module: object, step: str = "training_step") -> str:
+    """The command that replays a capture.
+
+    Args:
+        path: of the capture.
+        module: the live module, its class, or ``pkg.mod:factory``.
+        step: the method that was captured.
+    """
     if not isinstance(module, str):
         module = class_reference(module if isinstance(module, type) else type(module))
-    return f"nanguard replay {shlex.quote(str(path))} --module {shlex.quote(module)}"
+    command = f"nanguard replay {shlex.quote(str(path))} --module {shlex.quote(module)}"
+    return command if step == "training_step" else f"{command} --step {shlex.quote(step)}"
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

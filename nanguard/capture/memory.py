@@ -56,6 +56,10 @@ class ModuleMemory:
                 undo()
 
     def _remember_part(self, part: nn.Module) -> None:
+        if isinstance(part, torch.jit.ScriptModule):  # its names cannot change
+            training = part.training
+            self._undos.append(lambda: setattr(part, "training", training))
+            return
         own = part.__dict__
         values = dict(own)
         # Values first: a list that the block has emptied goes back under its name afterwards.

@@ -20,9 +20,10 @@ from nanguard.capture.manual import Optimizers
 from nanguard.capture.memory import ModuleMemory, kept
 from nanguard.capture.modules import device_of
 from nanguard.capture.result import ReplayResult
-from nanguard.capture.running import FailedStep, Outcome, numerics, run_automatic, run_manual
+from nanguard.capture.running import FailedStep, Outcome, numerics, run_step
 from nanguard.capture.sections import decoded
 from nanguard.capture.settings import settings_as, version_notes
+from nanguard.capture.showing import around_of
 from nanguard.capture.standin import TrainerStandIn, attach
 from nanguard.errors import CaptureError, DidNotReproduce
 from nanguard.incident import Incident
@@ -60,7 +61,7 @@ def replay(
         stabilize: turns the stabiliser on or off; `None` has it as it was.
         fill: path -> value for what the capture could not store, such as ``{'batch["parser"]': parser}``.
         trainer: further attributes of ``self.trainer`` that the step asks for.
-        step: called as ``step(module, *args, **kwargs)`` in place of `module.training_step`; returns the loss.
+        step: called as ``step(module, *args, **kwargs)`` in place of the method that was captured; returns the loss.
         diagnose: run a step that fails again, to name the operation, the cause and the samples. Manual optimization, whose
             steps move the weights, is not run again.
 
@@ -75,13 +76,14 @@ def replay(
     device = device_of(module)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.set_grad_enabled(capture.function == "training_step"))
         stack.enter_context(kept(module))
         stack.enter_context(settings_as(capture.manifest["settings"]))
         notes = _restored(capture, module, weights, attributes, device)
-        manual = step is None and not getattr(module, "automatic_optimization", True)
+        automatic = step is not None or capture.function == "validation_step"
+        manual = not automatic and not getattr(module, "automatic_optimization", True)
         optimizers = _prepare(capture, module, trainer or {}, manual, optimizer, device)
-        function: Any = module.training_step if step is None else partial(step, module)
+        function: Any = getattr(module, capture.function) if step is None else partial(step, module)
         start = ModuleMemory(module) if diagnose and not optimizers else None
 
         def arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -95,7 +97,7 @@ def replay(
         args, kwargs = arguments()
         run = partial(call, *args, **kwargs)
         _rewind_rng(capture)
-        outcome = run_manual(capture, module, run, optimizers) if optimizers else run_automatic(capture, module, run)
+        outcome = run_step(capture, module, run, optimizers, around_of(capture, module))
         incident = _incident(capture, module, outcome)
         if incident is not None and start is not None:
             incident = explained(FailedStep(module, arguments, call, start, capture), incident)
@@ -137,9 +139,9 @@ def _check(
     if not isinstance(module, nn.Module):
         hint = "; it is a class: call it" if isinstance(module, type) else ""
         raise CaptureError(f"replay: module: found {module!r}; expected a LightningModule{hint}")
-    if step is None and not callable(getattr(module, "training_step", None)):
+    if step is None and not callable(getattr(module, capture.function, None)):
         raise CaptureError(
-            f"replay: module: found {type(module).__name__}, which has no training_step; expected a LightningModule, or a "
+            f"replay: module: found {type(module).__name__}, which has no {capture.function}; expected a LightningModule, or a "
             "function that computes the loss: replay(..., step=lambda module, *args, **kwargs: ...)"
         )
     lacking = [
@@ -176,11 +178,13 @@ def _prepare(
         held[0].backward(*args, **kwargs)
 
     facts = {**decoded(capture.path / MANIFEST, capture.manifest["step"]["trainer"]), **extra}
+    validating = capture.function == "validation_step"
+    facts = {"training": not validating, "validating": validating, **facts}
     facts.setdefault("accumulate_grad_batches", capture.manifest["step"]["accumulate"])
     stand_in = TrainerStandIn(
         facts, step=capture.step, epoch=capture.epoch, rank=capture.rank, device=device, backward=backward
     )
-    attach(module, stand_in)
+    attach(module, stand_in, capture.function)
     if not manual:
         return None
     states = capture.optimizers() if optimizer == "captured" else None
@@ -206,6 +210,10 @@ def _incident(capture: Capture, module: nn.Module, outcome: Outcome) -> Incident
     if outcome.where:
         more = f" and {len(outcome.where) - 3} more" if len(outcome.where) > 3 else ""
         what = "parameters" if outcome.trigger == "parameters" else "gradients"
+        if outcome.trigger == "activations":
+            what = "outputs of watched modules"
+        if capture.function == "validation_step":
+            what = "results of the validation step"
         facts.append(f"non-finite {what}: {', '.join(outcome.where[:3])}{more}")
     return Incident(
         step=capture.step,
@@ -214,7 +222,7 @@ def _incident(capture: Capture, module: nn.Module, outcome: Outcome) -> Incident
         rank=capture.rank,
         trigger=outcome.trigger,
         capture=str(capture.path),
-        replay=replay_command(capture.path, module),
+        replay=replay_command(capture.path, module, capture.function),
         detail="; ".join(facts),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from nanguard.capture.load import Capture
 from nanguard.capture.manual import Ended, Optimizers
 from nanguard.capture.memory import ModuleMemory
+from nanguard.capture.showing import Around
+from nanguard.diagnosis import Ends
 from nanguard.errors import CaptureError
 from nanguard.incident import Trigger
 from nanguard.sentinel import all_finite, nonfinite_names
+from nanguard.watching import loss_in
 
-__all__ = ["FailedStep", "Outcome", "numerics", "run_automatic", "run_manual"]
+__all__ = ["FailedStep", "Outcome", "numerics", "run_step"]
 
 
 @final
@@ -28,7 +31,7 @@ class Outcome:
     Attributes:
         loss: detached, or `None` where there was none.
         trigger: what was not finite, or `None`.
-        where: names of the parameters (or their gradients) that are not finite.
+        where: names of what is not finite: of parameters (or their gradients), of watched modules, of results.
         gradients: parameter name -> gradient without the loss scale.
     """
 
@@ -46,6 +49,7 @@ class FailedStep:
         module: in the captured state; its random numbers, weights, buffers and attributes are those from before the step after
             each `rewind`.
         args, kwargs: a copy of what the step was given.
+        capture: the capture.
     """
 
     def __init__(
@@ -61,17 +65,46 @@ class FailedStep:
         self._arguments = arguments
         self._step = step
         self._start = start
-        self._capture = capture
+        self.capture = capture
 
     def rewind(self) -> None:
         """Back to just before the step, with a fresh copy of its arguments."""
         self._start.put_back()
-        self._capture.rng.restore()
+        self.capture.rng.restore()
         self.args, self.kwargs = self._arguments()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The loss of the step with its graph, for what `training_step` takes, under the captured autocast and stabiliser."""
-        return loss_of(self._step(*args, **kwargs))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the step gives, of a training step the loss with its graph, under the captured autocast and stabiliser."""
+        output = self._step(*args, **kwargs)
+        return output if self.capture.function == "validation_step" else loss_of(output)
+
+
+def run_step(
+    capture: Capture, module: nn.Module, step: Callable[[], Any], optimizers: Optimizers | None, around: Around | None
+) -> Outcome:
+    """Runs a step as it ran when it was captured.
+
+    Args:
+        capture: the capture.
+        module: in the captured state.
+        step: the call.
+        optimizers: of a module that optimizes by itself.
+        around: shows what has to be good besides loss and gradients.
+    """
+    ends = Ends(None)
+    with contextlib.ExitStack() as stack:
+        returned = None if around is None else stack.enter_context(around(ends))
+        if capture.function == "validation_step":
+            output = step()
+            if returned is not None:
+                returned(output)
+            loss = loss_in(output)
+            names = [mark.name for mark in ends.bad]
+            return Outcome(None if loss is None else loss.detach(), "loss" if names else None, names, {})
+        outcome = run_manual(capture, module, step, optimizers) if optimizers else run_automatic(capture, module, step)
+    if outcome.trigger is None and ends.bad:
+        return replace(outcome, trigger="activations", where=[mark.name or "the root" for mark in ends.bad])
+    return outcome
 
 
 def run_automatic(capture: Capture, module: nn.Module, step: Callable[[], Any]) -> Outcome:

@@ -23,6 +23,9 @@ def check_manifest(file: Path, manifest: dict[str, Any]) -> None:
             continue
         for key, (what, check) in expected.items():
             _check_entry(file, f"{prefix}.{key}" if prefix else key, section, key, what, check)
+    for key, (what, check) in _LATER.items():
+        if key in manifest["step"]:
+            _check_entry(file, f"step.{key}", manifest["step"], key, what, check)
     try:
         Incident.from_dict(manifest["incident"]).render()
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -90,6 +93,13 @@ def _is_stabilize(value: Any) -> bool:
     )
 
 
+def _is_watch(value: Any) -> bool:
+    if not isinstance(value, dict) or value.get("infinities") not in ("none", "positive", "all"):
+        return False
+    modules = value.get("modules")
+    return isinstance(modules, list) and all(isinstance(pattern, str) for pattern in modules)
+
+
 def _is_missing(value: Any) -> bool:
     keys = ("path", "type", "reason")
     return isinstance(value, list) and all(
@@ -105,6 +115,11 @@ _COUNT = ("a number that is not negative", _is_count)
 _OBJECT = ("an object", _is_object)
 _NAMED = ("a list of names and values", _is_named)
 
+# Entries of the section "step" that only some captures have.
+_LATER: dict[str, tuple[str, Check]] = {
+    "function": ("'training_step' or 'validation_step'", lambda value: value in ("training_step", "validation_step")),
+    "watch": ("an object with modules and infinities", _is_watch),
+}
 _SECTIONS: dict[str, dict[str, tuple[str, Check]]] = {
     "": {
         "incident": _OBJECT,

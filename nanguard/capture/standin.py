@@ -18,7 +18,7 @@ __all__ = ["TrainerStandIn", "attach"]
 _SILENCED = ("log", "log_dict", "print")
 
 
-def attach(module: nn.Module, trainer: TrainerStandIn) -> None:
+def attach(module: nn.Module, trainer: TrainerStandIn, function: str) -> None:
     """Gives the module, and LightningModules inside it, the stand-in for a Trainer, and silences their logging.
 
     Writes into the instances' dictionaries only, which the caller puts back.
@@ -29,7 +29,7 @@ def attach(module: nn.Module, trainer: TrainerStandIn) -> None:
             continue
         own["_trainer"] = trainer
         own["_fabric"] = None
-        own["_current_fx_name"] = "training_step"
+        own["_current_fx_name"] = function
         own.update(dict.fromkeys(_SILENCED, _nothing))
 
 

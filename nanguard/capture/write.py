@@ -61,6 +61,9 @@ class StepSnapshot:
         hparams: hyperparameters; `None` takes those of ``module.hparams``.
         trainer: scalar facts that a step may ask its Trainer for, such as ``max_steps``.
         loss: the loss that the step computed, as far as it is known.
+        function: the name of the method that was called.
+        watch: where more than loss and gradients has to be finite: ``{"modules": [...], "infinities": str}``, the watched
+            modules and the infinities that count; `None` otherwise.
     """
 
     step: int
@@ -83,6 +86,8 @@ class StepSnapshot:
     hparams: Mapping[str, Any] | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     loss: float | None = None
+    function: str = "training_step"
+    watch: Mapping[str, Any] | None = None
 
 
 def write_capture(
@@ -193,6 +198,8 @@ def _step(snapshot: StepSnapshot) -> dict[str, Any]:
         "precision": None if snapshot.precision is None else dict(snapshot.precision),
         "stabilize": dict(snapshot.stabilize),
         "trainer": encoded(only_scalars(snapshot.trainer)),
+        **({} if snapshot.function == "training_step" else {"function": snapshot.function}),
+        **({} if snapshot.watch is None else {"watch": dict(snapshot.watch)}),
     }
 
 
@@ -242,7 +249,7 @@ def _fill(
         sizes[name] = file.stat().st_size
     manifest["files"] = sizes
     for final_path in _candidates(folder / capture_name(snapshot.step, snapshot.rank)):
-        command = replay_command(final_path, class_reference(type(snapshot.module)))
+        command = replay_command(final_path, class_reference(type(snapshot.module)), snapshot.function)
         stored = dataclasses.replace(incident, capture=str(final_path), replay=command)
         _write_manifest(partial / names.MANIFEST, {**manifest, "incident": stored.to_dict()})
         _sync(partial)

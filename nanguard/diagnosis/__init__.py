@@ -2,6 +2,18 @@
 
 from nanguard.diagnosis.autopsy import Diagnosis, diagnose, suspects
 from nanguard.diagnosis.batches import batch_size, take
+from nanguard.diagnosis.ends import Ends, bad_elements
 from nanguard.diagnosis.rerun import MicroBatch, Outcome, Rerun
 
-__all__ = ["Diagnosis", "MicroBatch", "Outcome", "Rerun", "batch_size", "diagnose", "suspects", "take"]
+__all__ = [
+    "Diagnosis",
+    "Ends",
+    "MicroBatch",
+    "Outcome",
+    "Rerun",
+    "bad_elements",
+    "batch_size",
+    "diagnose",
+    "suspects",
+    "take",
+]

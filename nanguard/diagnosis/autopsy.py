@@ -34,9 +34,9 @@ from nanguard.sentinel import nonfinite_names
 
 __all__ = ["Diagnosis", "diagnose", "suspects"]
 
+_BY_ITSELF = "it optimizes or fetches its data by itself"
 _NOT_RUN_AGAIN = (
-    "The step was not run again, because it optimizes or fetches its data by itself: what is said here comes from the "
-    "inputs, parameters and buffers alone."
+    "The step was not run again, because {}: what is said here comes from the inputs, parameters and buffers{}."
 )
 _EAGER_FINITE = "The step fails again as it is, but not when it is recorded. Suspect compiled code."
 
@@ -72,8 +72,9 @@ def diagnose(
     case = _Case(micro, rerun, healthy)
     outcome, finding = case.recorded(copy_of(micro.args))
     if outcome.error is not None:
-        return suspects(rerun.module, micro.args, rerun.transaction.buffers(micro.before))
-    if not outcome.bad:
+        buffers = rerun.transaction.buffers(micro.before)
+        return suspects(rerun.module, micro.args, buffers, why=f"that raised {type(outcome.error).__name__}")
+    if not outcome.fails:
         if counterfactual and counterfactuals.fails_again(micro, rerun):
             return Diagnosis(verdict="reproduced", advice=_EAGER_FINITE)
         return Diagnosis(cause="transient", verdict="transient", advice=advice("transient", None))
@@ -83,7 +84,15 @@ def diagnose(
     return case.explain(finding, outcome, samples=samples, counterfactual=counterfactual)
 
 
-def suspects(module: nn.Module, args: Sequence[Any], buffers: Mapping[str, Tensor], *, run: bool = False) -> Diagnosis:
+def suspects(
+    module: nn.Module,
+    args: Sequence[Any],
+    buffers: Mapping[str, Tensor],
+    *,
+    run: bool = False,
+    why: str = _BY_ITSELF,
+    watched: bool = False,
+) -> Diagnosis:
     """What can be said without a second run: parameters, buffers and inputs that are non-finite themselves.
 
     Args:
@@ -91,8 +100,10 @@ def suspects(module: nn.Module, args: Sequence[Any], buffers: Mapping[str, Tenso
         args: arguments of the training step.
         buffers: the module's buffers as they were before the step, by name.
         run: whether the step was run again all the same, to no avail.
+        why: what kept it from being run again.
+        watched: whether hooks on modules have seen the step, too.
     """
-    notes = () if run else (_NOT_RUN_AGAIN,)
+    notes = () if run else (_NOT_RUN_AGAIN.format(why, ", and from the watched modules" if watched else " alone"),)
     named = {clean_name(name): tensor for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
     if weights := nonfinite_names(named.items()):
         return _outside(Origin(), "parameters", weights[0], named[weights[0]], notes)
@@ -128,7 +139,7 @@ class _Case:
         trace = Trace(module, [tensor for _, tensor in leaves], [*doubtful, *module.parameters(), *module.buffers()])
         outcome = self._rerun(self._micro, args, trace, backward=backward)
         self._leaves = leaves
-        finding = blame(trace, outcome.blamed) if outcome.error is None and outcome.bad else None
+        finding = blame(trace, outcome.blamed) if outcome.fails else None
         return outcome, finding
 
     # -- what it was
@@ -141,7 +152,7 @@ class _Case:
             if named is not None:
                 name, finding = named[0], replace(finding, external=named[1])
         found = self._named(finding, name)
-        forward = not outcome.loss_finite
+        forward = outcome.forward
         by_weights = self._by_weights(finding, found, forward)
         notes = self._evidence(found, finding, forward, by_weights) if counterfactual else ()
         positions = None
@@ -234,7 +245,7 @@ class _Case:
             outcome, again = self.recorded(arguments, backward=not forward)
             if outcome.error is not None:
                 return None
-            return bool(outcome.bad) and outcome.loss_finite != forward and finding.same_as(again)
+            return bool(outcome.fails) and outcome.forward == forward and finding.same_as(again)
 
         def fails(positions: Sequence[int]) -> bool | None:
             return fails_as((take(args[0], positions, size), *copy_of(args[1:])))

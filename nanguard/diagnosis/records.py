@@ -14,7 +14,7 @@ from torch import Tensor
 from nanguard.incident import TensorStats
 from nanguard.source import Frame
 
-__all__ = ["Evidence", "Place", "Record", "Source", "Value", "Write", "storage_of"]
+__all__ = ["Evidence", "Mark", "Place", "Record", "Source", "Value", "Write", "storage_of"]
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -59,6 +59,23 @@ class Write:
 
     record: Record
     value: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A result that had to be good and was not, as it was when it was seen.
+
+    Attributes:
+        tensor: the result.
+        mask: where it is bad, of its shape; `None` where its elements cannot be looked at.
+        writes: who wrote it, the newest last.
+        name: what it is called.
+    """
+
+    tensor: Tensor
+    mask: Tensor | None
+    writes: list[Write]
+    name: str = ""
 
 
 @dataclass(eq=False)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from nanguard.diagnosis.ends import Ends
 from nanguard.diagnosis.recording import Trace
+from nanguard.diagnosis.records import Mark
 from nanguard.sentinel import all_finite, finite_flags
 from nanguard.transaction import Savepoint, Transaction
 
@@ -40,22 +42,30 @@ class MicroBatch:
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """What a second run gave: the loss (`None` where it raised `error`) and the non-finite tensors among loss and
-    gradients.
+    gradients, or else the `marks` of other results that had to be good.
     """
 
     loss: Tensor | None = None
     bad: tuple[Tensor, ...] = ()
     loss_finite: bool = True
     error: Exception | None = None
+    marks: tuple[Mark, ...] = ()
 
     @property
     def fails(self) -> bool | None:
         """Whether something was non-finite; `None` where the step could not be run."""
-        return None if self.error is not None else bool(self.bad)
+        return None if self.error is not None else bool(self.bad or self.marks)
 
     @property
-    def blamed(self) -> tuple[Tensor, ...]:
+    def forward(self) -> bool:
+        """Whether it failed in the forward pass already."""
+        return bool(self.marks) or not self.loss_finite
+
+    @property
+    def blamed(self) -> tuple[Tensor | Mark, ...]:
         """Where to walk back from: the loss, and only where that is finite what came after it."""
+        if self.marks:
+            return self.marks
         return self.bad if self.loss_finite else self.bad[:1]
 
 
@@ -69,6 +79,9 @@ class Rerun:
         step: called with the arguments of the training step; returns the loss, or `None`.
         surroundings: what the step runs in (autocast, stabiliser, no logging), made anew for each run.
         optimizers: gives the optimizers that step the module's parameters.
+        ends: where other results than loss and gradients have to be good: what the step runs in to show them. It is called
+            anew for each run, and gives a function that is called with what the step returned. There is no backward pass then.
+        graph: whether autograd is on.
     """
 
     module: nn.Module
@@ -76,6 +89,8 @@ class Rerun:
     step: Callable[..., Any]
     surroundings: Callable[[MicroBatch], AbstractContextManager[Any]] = nullcontext
     optimizers: Callable[[], Sequence[torch.optim.Optimizer]] = tuple
+    ends: Callable[[Ends], AbstractContextManager[Callable[[Any], None]]] | None = None
+    graph: bool = True
 
     def __call__(
         self,
@@ -120,13 +135,15 @@ class Rerun:
     ) -> Outcome:
         parameters: list[Tensor] = [p for p in self.module.parameters() if p.requires_grad and not is_lazy(p)]
         with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.set_grad_enabled(self.graph))
             if not compiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self.surroundings(micro))
             stack.enter_context(within())
             if trace is not None:
                 stack.enter_context(trace.recording())
+            if self.ends is not None:
+                return self._shown(stack, self.ends, Ends(trace), args)
             loss = self.step(*args)
             if not isinstance(loss, Tensor):
                 return Outcome(bad=tuple(micro.before.spoiled_statistics()))
@@ -142,6 +159,18 @@ class Rerun:
         flags = finite_flags(gradients)
         bad = [gradient for gradient, finite in zip(gradients, flags, strict=True) if not finite]
         return Outcome(loss, (*([] if loss_finite else [loss]), *bad, *spoiled), loss_finite)
+
+    def _shown(
+        self,
+        stack: ExitStack,
+        around: Callable[[Ends], AbstractContextManager[Callable[[Any], None]]],
+        ends: Ends,
+        args: tuple[Any, ...],
+    ) -> Outcome:
+        returned = stack.enter_context(around(ends))
+        output = self.step(*args)
+        returned(output)
+        return Outcome(output.detach() if isinstance(output, Tensor) else None, marks=tuple(ends.bad))
 
     def _gradients(self, loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
         total = loss if loss.ndim == 0 else loss.sum()

@@ -21,7 +21,7 @@ from nanguard.diagnosis.naming import with_source
 from nanguard.diagnosis.operations import COPIES
 from nanguard.diagnosis.reach import needed
 from nanguard.diagnosis.recording import Trace
-from nanguard.diagnosis.records import Evidence, Place, Record, Source, Write, storage_of
+from nanguard.diagnosis.records import Evidence, Mark, Place, Record, Source, Write, storage_of
 from nanguard.diagnosis.regions import carried_over
 from nanguard.diagnosis.statistics import describe_tensor, nonfinite, plain
 from nanguard.incident import Origin
@@ -80,18 +80,26 @@ class _End:
     behind: Record | None = None  # the backward operation that met what this record had made
 
 
-def blame(trace: Trace, bad: Sequence[Tensor]) -> Finding | None:
-    """The earliest origin that the non-finite tensors `bad` come from, or `None` where the recording has none."""
+def blame(trace: Trace, bad: Sequence[Tensor | Mark]) -> Finding | None:
+    """The earliest origin that the non-finite results `bad` come from, or `None` where the recording has none."""
     walk = _Walk(trace)
-    for tensor in bad:
-        walk.begin(tensor)
+    marks = [_mark(trace, entry) if isinstance(entry, Tensor) else entry for entry in bad]
+    for mark in marks:
+        walk.begin(mark)
     ends = walk.ends()
     if not ends:
-        reached = walk.reached(bad)
+        reached = walk.reached(marks)
         return None if reached is None else _finding(trace, reached, reached=True)
     first = min(ends, key=lambda end: end.record.index)
     others = [end.external for end in ends if end.record is first.record and end.external is not None]
     return replace(_finding(trace, first), others=tuple(others))
+
+
+def _mark(trace: Trace, tensor: Tensor) -> Mark:
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor._values()
+    mask = nonfinite(tensor) if plain(tensor) and not tensor.is_nested else None
+    return Mark(tensor, mask, trace.bad.get(storage_of(tensor), []))
 
 
 class _Walk:
@@ -101,16 +109,12 @@ class _Walk:
         self._wanted: dict[Record, Tensor | None] = {}
         self._users: dict[Record, Record] = {}
 
-    def begin(self, tensor: Tensor) -> None:
-        if tensor.layout is torch.sparse_coo:
-            tensor = tensor._values()
-        writes = self._trace.bad.get(storage_of(tensor), [])
-        mask = nonfinite(tensor) if plain(tensor) and not tensor.is_nested else None
-        if mask is None:
-            for write in writes:
+    def begin(self, mark: Mark) -> None:
+        if mark.mask is None:
+            for write in mark.writes:
                 self._push(write.record, write.value.bad, None)
         else:
-            self._follow(tensor, mask, writes, None)
+            self._follow(mark.tensor, mark.mask, mark.writes, None)
 
     def ends(self) -> list[_End]:
         found: list[_End] = []
@@ -195,9 +199,9 @@ class _Walk:
 
     # -- infinities that were meant
 
-    def reached(self, bad: Sequence[Tensor]) -> _End | None:
+    def reached(self, marks: Sequence[Mark]) -> _End | None:
         """Who let an infinity that was meant through."""
-        queue = [write.record for tensor in bad for write in self._trace.bad.get(storage_of(tensor), [])]
+        queue = [write.record for mark in marks for write in mark.writes]
         if not queue:
             return None
         seen: dict[Record, None] = {}

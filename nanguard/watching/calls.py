@@ -70,6 +70,7 @@ class Sighting:
         module: the module at fault, or `None` where it is one that is not watched.
         operands: what it was given.
         clean: whether what it was given was well, so that the module itself is at fault.
+        given: the first watched module that was given something bad and passed it on, where none is at fault itself.
         detail: the first bad output and the first bad gradient, in half a line.
         activations: of all outputs, in the order in which the calls returned.
     """
@@ -78,6 +79,7 @@ class Sighting:
     module: str | None = None
     operands: tuple[TensorStats, ...] = ()
     clean: bool = False
+    given: str | None = None
     detail: str = ""
     activations: tuple[TensorStats, ...] = ()
 
@@ -117,7 +119,8 @@ def sight(
             operands = _stats(culprit.inputs.values(), "input")
             return replace(seen, phase="forward", module=culprit.module, operands=operands, clean=True)
         operands = _stats(bad[0].inputs.values(), "input")
-        return replace(seen, phase="forward", module=_around(bad[0], whole), operands=operands)
+        around = _around(bad[0], whole)
+        return replace(seen, phase="forward", module=around, operands=operands, given=bad[0].module)
     if not loss_finite:
         last = wrong.call if wrong is not None else calls[-1]
         return replace(

@@ -15,21 +15,26 @@ from nanguard.errors import PolicyError
 __all__ = ["matched_modules", "refusing_hooks"]
 
 
-def matched_modules(root: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Module]:
+def matched_modules(root: nn.Module, patterns: Iterable[str], *, required: bool = True) -> dict[str, nn.Module]:
     """The modules whose qualified name matches a pattern, by that name, in the order of `named_modules`.
 
     1. Names are as the user would write them, without what `torch.compile` and checkpoint wrappers put in between; the root
     is ``""``, which ``*`` matches, too. 2. A module inside a compiled or scripted one is watched from outside: at that one.
     3. Metrics of torchmetrics are no part of the model: only their exact name matches them.
 
+    Args:
+        root: the module whose submodules are meant.
+        patterns: as those of a shell.
+        required: whether each has to match.
+
     Raises:
-        PolicyError: where a pattern matches no module; the message lists close names.
+        PolicyError: where a pattern that has to match does not; the message lists close names.
     """
     shown = _outermost(root)
     found: dict[str, nn.Module] = {}
     for pattern in patterns:
         names = [name for name, (_, module) in shown.items() if _matches(name, module, pattern)]
-        if not names:
+        if not names and required:
             raise PolicyError(_unmatched(pattern, list(shown), type(root).__name__))
         found.update(shown[name] for name in names)
     order = {name: position for position, name in enumerate(shown)}

@@ -19,10 +19,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from nanguard.diagnosis import Ends
 from nanguard.patches import Patches
 from nanguard.policy import Watch
 from nanguard.trees import named_tensors
 from nanguard.watching.calls import Call, Event, Sighting, sight
+from nanguard.watching.hooks import ModuleHook, around
 from nanguard.watching.matching import matched_modules, refusing_hooks
 from nanguard.watching.rows import WIDTH, Row, measure
 
@@ -42,12 +44,14 @@ class ModuleWatch:
         self._root = root
         self._options = options
         self._modules: dict[str, nn.Module] = {}
+        self._present: list[tuple[str, nn.Module]] = []
         self._refusing: frozenset[int] = frozenset()
         self._patches = Patches()
         self._handles: list[Any] = []
         self._nodes: list[Any] = []
         self._windows = itertools.count()
         self._recording = self._paused = self._installed = False
+        self._ends: Ends | None = None
         self.on = False
         self._clear()
 
@@ -69,15 +73,25 @@ class ModuleWatch:
         Raises:
             PolicyError: where a pattern matches none.
         """
-        self._modules = matched_modules(self._root, self._options.modules)
-        self._refusing = refusing_hooks(self._root) if self._modules else frozenset()
+        self._look_up(required=True)
+
+    def _look_up(self, *, required: bool) -> None:
+        """Finds the modules anew where any has been replaced, added or taken away since."""
+        if not self._options.modules:
+            return
+        present = list(self._root.named_modules())
+        if [(name, id(module)) for name, module in present] == [(name, id(module)) for name, module in self._present]:
+            return
+        self._present = present
+        self._modules = matched_modules(self._root, self._options.modules, required=required)
+        self._refusing = refusing_hooks(self._root)
 
     # -- one window of micro-batches
 
     def begin(self, *, first: bool) -> None:
         """Before each micro-batch; the `first` of a window decides whether the whole of it is watched."""
         if first:
-            self.on = bool(self._modules) and next(self._windows) % self._options.every_n_steps == 0
+            self.on = bool(self._options.modules) and next(self._windows) % self._options.every_n_steps == 0
         self._micro = 0 if first else self._micro + 1
 
     @contextmanager
@@ -99,6 +113,16 @@ class ModuleWatch:
             yield
         finally:
             self._paused = False
+
+    @contextmanager
+    def ends(self, ends: Ends) -> Iterator[Callable[[Any], None]]:
+        """The step is run again inside, and what watched modules give is shown to `ends`."""
+        self._install()
+        self._ends = ends
+        try:
+            yield lambda _: None
+        finally:
+            self._ends = None
 
     def end(self) -> None:
         """After the window, and when the fit ends: no hook stays. Does nothing the second time."""
@@ -154,13 +178,14 @@ class ModuleWatch:
         if self._installed:
             return
         self._installed = True
+        self._look_up(required=False)
         for name, module in self._modules.items():
-            before, after = _Hook(self._before, name), _Hook(self._after, name)
+            before, after = ModuleHook(self._before, name), ModuleHook(self._after, name)
             call = vars(module).get("_compiled_call_impl")
             if call is None and id(module) in self._refusing:
                 call = module._call_impl
             if call is not None:  # `Module.__call__` calls what stands there
-                self._patches.set(module, "_compiled_call_impl", _around(module, call, before, after))
+                self._patches.set(module, "_compiled_call_impl", around(module, call, before, after))
                 continue
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, with_kwargs=True))
@@ -180,6 +205,9 @@ class ModuleWatch:
             self._measure(call, call.inputs, value, passed=True, again=again)
 
     def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._ends is not None:
+            for place, tensor in named_tensors(output, ""):
+                self._ends.see(f"{name}{place}", tensor, self._options.infinities)
         if self._silent() or not any(call.module == name for call in self._stack):
             return
         while (call := self._stack.pop()).module != name:
@@ -231,40 +259,6 @@ class ModuleWatch:
                 self._events.append(Event(call, key, passed, row))
 
         self._nodes.append(node.register_prehook(arrived))
-
-
-@final
-class _Hook:
-    """A hook that a copy of its module, deep or pickled, leaves behind."""
-
-    def __init__(self, hook: Callable[..., None], name: str) -> None:
-        self._hook = hook
-        self._name = name
-
-    def __call__(self, *args: Any) -> None:
-        # Compiled code takes the first way, and so holds nothing of the hook.
-        if not torch.compiler.is_compiling():
-            self._hook(self._name, *args)
-
-    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        return _nothing
-
-    def __reduce__(self) -> str:
-        return "_nothing"
-
-
-def _nothing(*_: Any) -> None:
-    """Stands where a hook was, in a copy of a module that was made during a watched step."""
-
-
-def _around(module: nn.Module, plain: Callable[..., Any], before: _Hook, after: _Hook) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        before(module, args, kwargs)
-        output = plain(*args, **kwargs)
-        after(module, args, kwargs, output)
-        return output
-
-    return call
 
 
 def _in_backward() -> bool:
