@@ -20,6 +20,7 @@ from nanguard.diagnosis import counterfactuals
 from nanguard.diagnosis.advice import advice
 from nanguard.diagnosis.batches import batch_size, replaced, take
 from nanguard.diagnosis.cause import cause_of, guilty_operand
+from nanguard.diagnosis.facts import facts_of, state_facts
 from nanguard.diagnosis.leaves import leaf_path, meant_leaves, named_leaves
 from nanguard.diagnosis.naming import clean_name
 from nanguard.diagnosis.optimizing import optimizer_fault
@@ -95,16 +96,24 @@ def suspects(module: nn.Module, args: Sequence[Any], buffers: Mapping[str, Tenso
     notes = () if run else (_NOT_RUN_AGAIN,)
     named = {clean_name(name): tensor for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
     if weights := nonfinite_names(named.items()):
-        return _outside(Origin(), "parameters", weights[0], named[weights[0]], notes)
+        facts = state_facts(module, weights[0])
+        return _outside(Origin(), "parameters", weights[0], named[weights[0]], notes, facts)
     leaves = dict(named_leaves(args))
     if inputs := nonfinite_names(leaves.items()):
         return _outside(Origin(), "bad_input", inputs[0], leaves[inputs[0]], notes)
     return Diagnosis(advice=advice("unknown", None) if run else " ".join(notes))
 
 
-def _outside(origin: Origin, cause: Cause, name: str, tensor: Tensor, notes: tuple[str, ...] = ()) -> Diagnosis:
+def _outside(
+    origin: Origin,
+    cause: Cause,
+    name: str,
+    tensor: Tensor,
+    notes: tuple[str, ...] = (),
+    facts: Mapping[str, str] | None = None,
+) -> Diagnosis:
     origin = replace(origin, tensor=name, operands=(describe_tensor(name, tensor),))
-    return Diagnosis(origin, cause, advice=advice(cause, origin, notes))
+    return Diagnosis(origin, cause, advice=advice(cause, origin, notes, facts))
 
 
 class _Case:
@@ -159,10 +168,13 @@ class _Case:
         if finding.external is not None and name is not None:
             if not name.startswith(("batch", "args[")):
                 by_optimizer = self._by_optimizer(name)
-                return by_optimizer or _outside(finding.origin, "parameters", name, finding.external)
+                return by_optimizer or self._state(finding.origin, name, finding.external)
             return _outside(finding.origin, "bad_input", name, finding.external)
         cause = cause_of(finding)
-        return Diagnosis(finding.origin, cause, advice=advice(cause, finding.origin))
+        return Diagnosis(finding.origin, cause, advice=advice(cause, finding.origin, facts=facts_of(finding)))
+
+    def _state(self, origin: Origin, name: str, tensor: Tensor) -> Diagnosis:
+        return _outside(origin, "parameters", name, tensor, facts=state_facts(self._rerun.module, name))
 
     def _by_optimizer(self, name: str) -> Diagnosis | None:
         parameter = {clean_name(key): entry for key, entry in self._rerun.module.named_parameters()}.get(name)
@@ -215,10 +227,19 @@ class _Case:
                 notes.append(f"With the stabiliser the step is finite ({swap.rule}){form}.")
                 return tuple(notes)
         if found.cause in ("overflow", "unknown"):
-            fails = counterfactuals.fails_in_double(self._micro, self._rerun, backward=not forward)
-            if fails is not None:
-                notes.append("In float64 it fails, too." if fails else "In float64 the same step is finite.")
+            notes += self._in_double(backward=not forward)
         return tuple(notes)
+
+    def _in_double(self, *, backward: bool) -> list[str]:
+        fails = counterfactuals.fails_in_double(self._micro, self._rerun, backward=backward)
+        if fails is None:
+            return []
+        if not fails:
+            return ["In float64 the same step is finite."]
+        narrower = counterfactuals.narrower_in_double(self._micro, self._rerun, backward=backward)
+        if narrower is not None:
+            return [f"The code itself computes this in {narrower}, also where all else is float64."]
+        return ["In float64 it fails, too."]
 
     # -- whose fault it is
 
