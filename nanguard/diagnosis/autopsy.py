@@ -152,6 +152,7 @@ class _Case:
         found = self._named(finding, name)
         forward = not outcome.loss_finite
         by_weights = self._by_weights(finding, found, forward)
+        text = found.advice or advice(found.cause, found.origin, facts=facts_of(finding, by_weights=by_weights))
         notes = self._evidence(found, finding, forward, by_weights) if counterfactual else ()
         positions = None
         if samples and not by_weights and found.origin is not None and found.origin.phase != "optimizer":
@@ -161,7 +162,7 @@ class _Case:
             found,
             samples=positions,
             verdict="reproduced",
-            advice=" ".join(filter(None, [found.advice, *notes])),
+            advice=" ".join(filter(None, [text, *notes])),
         )
 
     def _named(self, finding: Finding, name: str | None) -> Diagnosis:
@@ -171,7 +172,7 @@ class _Case:
                 return by_optimizer or self._state(finding.origin, name, finding.external)
             return _outside(finding.origin, "bad_input", name, finding.external)
         cause = cause_of(finding)
-        return Diagnosis(finding.origin, cause, advice=advice(cause, finding.origin, facts=facts_of(finding)))
+        return Diagnosis(finding.origin, cause)
 
     def _state(self, origin: Origin, name: str, tensor: Tensor) -> Diagnosis:
         return _outside(origin, "parameters", name, tensor, facts=state_facts(self._rerun.module, name))

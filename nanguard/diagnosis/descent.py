@@ -8,6 +8,7 @@ backward pass is followed, too, for gradients that a mask of the program made 0.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -40,8 +41,8 @@ class Descents:
     """
 
     def __init__(self, root: nn.Module, batch: Iterable[int]) -> None:
-        self._known = {storage_of(tensor): _leaf(f"the buffer {name}") for name, tensor in root.named_buffers()}
-        self._known |= {storage_of(tensor): _leaf(f"the parameter {name}") for name, tensor in root.named_parameters()}
+        self._known = {storage_of(tensor): _leaf("buffer", name) for name, tensor in root.named_buffers()}
+        self._known |= {storage_of(tensor): _leaf("parameter", name) for name, tensor in root.named_parameters()}
         self._known |= {storage: Descent(batch=True) for storage in batch}
         self._masked: set[int] = set()
         self._storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
@@ -64,7 +65,9 @@ class Descents:
         made = [self._identity(tensor) for tensor in results]
         if not (known.view and all(storage in self._known for storage in made)):
             descent = _descent(known.name, given, tensors, sources)
-            self._known.update(dict.fromkeys(made, descent))
+            number = replace(descent, traits={})  # the place of a probability is none
+            for tensor, storage in zip(results, made, strict=True):
+                self._known[storage] = descent if tensor.is_floating_point() or tensor.is_complex() else number
         if backward:
             self._follow_masks(known, tensors, made)
 
@@ -90,8 +93,8 @@ class Descents:
             self._masked.difference_update([storage for storage in made if storage not in given])
 
 
-def _leaf(name: str) -> Descent:
-    return Descent(weights=frozenset([clean_name(name)]), leaf=True)
+def _leaf(kind: str, name: str) -> Descent:
+    return Descent(weights=frozenset([f"the {kind} {clean_name(name)}"]), leaf=True)
 
 
 def _descent(kernel: str, given: Given, tensors: list[Tensor], sources: list[Source]) -> Descent:

@@ -22,17 +22,23 @@ _BLAMED = {
 _MOST_WEIGHTS = 3
 
 
-def facts_of(finding: Finding) -> dict[str, str]:
+def facts_of(finding: Finding, *, by_weights: bool) -> dict[str, str]:
     """What is known of the value to blame, and of where it failed.
 
     The traits that `nanguard.diagnosis.traits` gives it; ``weight``, where it depends on no batch; ``zero`` and ``minus one``,
     where it failed at those; and ``exponent``, of a power.
+
+    Args:
+        finding: the origin.
+        by_weights: whether any batch fails; otherwise ``weight`` says nothing.
     """
     kernel, given = finding.told
     facts = _of_operand(given, _BLAMED.get(kernel, 0))
     exponent = given[1] if len(given) > 1 else None
     if kernel == "aten.pow" and isinstance(exponent, float):
         facts["exponent"] = f"{exponent:.3g}"
+    if not by_weights:
+        facts.pop("weight", None)
     return facts | _at(finding)
 
 

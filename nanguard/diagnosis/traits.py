@@ -27,9 +27,20 @@ _BEGINNINGS = {
     "tanh": _names("tanh"),
 }
 _BEGINNING = {name: trait for trait, names in _BEGINNINGS.items() for name in names}
-TRAITS = frozenset([*_BEGINNINGS, "exponentials", "squared tanh", "lost", "masked row"])
+TRAITS = frozenset(
+    [
+        *_BEGINNINGS,
+        "exponentials",
+        "shifted exponential",
+        "squared tanh",
+        "one minus squared tanh",
+        "lost",
+        "masked row",
+    ]
+)
 _TOTALS = _names("sum mean cumsum mm bmm addmm baddbmm")
 _CONTRACTIONS = _names("mm bmm addmm baddbmm")
+_SHIFTS = _names("add sub rsub")
 # What makes of a probability or of a sum of exponentials another one, or at least something that is 0 where it is.
 _ARITHMETIC = (
     _TOTALS
@@ -56,6 +67,8 @@ def carried_on(kernel: str, given: Sequence[Traits | float]) -> Traits:
     _add_up(kernel, parts, found)
     if "tanh" in found and _squares(kernel, parts, given):
         found["squared tanh"] = found.pop("tanh")
+    elif "squared tanh" in found and kernel in _SHIFTS:
+        found["one minus squared tanh"] = found.pop("squared tanh")
     return found
 
 
@@ -81,9 +94,14 @@ def begins(kernel: str, numbers: Sequence[float], tensor: Tensor) -> Traits:
 def _add_up(kernel: str, parts: list[Traits], found: dict[str, str]) -> None:
     """A sum of exponentials is another matter than one of them, and so is a part of that sum."""
     several = sum("exponential" in part or "exponentials" in part for part in parts) > 1
-    if "exponential" in found and (kernel in _TOTALS or (several and kernel in ("aten.add", "aten.sub", "aten.div"))):
+    if "exponential" not in found:
+        return
+    if kernel in _TOTALS or (several and kernel in ("aten.add", "aten.sub", "aten.div")):
         del found["exponential"]
         found["exponentials"] = ""
+    elif kernel in _SHIFTS:
+        del found["exponential"]
+        found["shifted exponential"] = ""
 
 
 def _squares(kernel: str, parts: list[Traits], given: Sequence[Traits | float]) -> bool:
@@ -95,7 +113,7 @@ def _squares(kernel: str, parts: list[Traits], given: Sequence[Traits | float]) 
 @cache
 def _lost(number: float, dtype: torch.dtype) -> str | None:
     """That a number close to 0 or 1 is 0 or 1 in this dtype, with what the dtype holds instead; `None` where it is not."""
-    nearest = torch.tensor(number, dtype=dtype).item()
+    nearest = torch.tensor(number, dtype=dtype).item() if abs(number) < 2 else number
     if number == nearest or nearest not in (0, 1, -1):
         return None
     name, limits = str(dtype).removeprefix("torch."), torch.finfo(dtype)

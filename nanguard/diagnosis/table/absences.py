@@ -17,7 +17,7 @@ ABSENCES: tuple[Entry, ...] = (
     Entry(
         "fully_masked",
         ops("sub"),
-        "A row is masked altogether, so its maximum is infinite, too, and `{line}` subtracts one infinity from the other. "
+        "A row is masked altogether, so what it is normalised by is infinite, too: `{line}` subtracts one from the other. "
         "Leave such rows out, or keep one entry of each unmasked.",
     ),
     Entry(

@@ -8,6 +8,7 @@ __all__ = ["RANGES"]
 
 _LOGS = ops("log log2 log10")
 _ROOTS = ops("sqrt rsqrt")
+_BOUNDED = ops("acos asin atanh acosh erfinv logit")
 
 RANGES: tuple[Entry, ...] = (
     Entry(
@@ -45,7 +46,7 @@ RANGES: tuple[Entry, ...] = (
         "An infinity that was put there on purpose met 0 or another infinity in `{line}`. Use torch.where or masked_fill "
         "instead of arithmetic with infinite masks.",
     ),
-    Entry("invalid_domain", (), LOST, facts=("lost",)),
+    Entry("invalid_domain", (*_BOUNDED, *ops("log1p rsqrt")), LOST, facts=("lost",)),
     Entry("invalid_domain", ops("log1p"), SATURATED, facts=("squared tanh",)),
     Entry(
         "invalid_domain",
@@ -75,7 +76,7 @@ RANGES: tuple[Entry, ...] = (
     ),
     Entry(
         "invalid_domain",
-        ops("acos asin atanh acosh erfinv logit"),
+        _BOUNDED,
         "The argument of {op} lies outside its domain or at its end. Clamp it to just inside, such as "
         "clamp(-1 + 1e-6, 1 - 1e-6).",
     ),
@@ -84,13 +85,7 @@ RANGES: tuple[Entry, ...] = (
         (),
         "The argument of {op} in `{line}` lies outside its domain or at a pole. Clamp it, or reparameterise.",
     ),
-    Entry(
-        "singular_gradient",
-        (),
-        LOST,
-        "backward",
-        ("lost",),
-    ),
+    Entry("singular_gradient", (), LOST, "backward", ("lost",)),
     Entry(
         "singular_gradient",
         _ROOTS,

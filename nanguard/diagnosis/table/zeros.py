@@ -40,7 +40,7 @@ ZEROS: tuple[Entry, ...] = (
         facts=("masked row",),
     ),
     Entry("log_of_zero", (), LOST, facts=("lost",)),
-    Entry("log_of_zero", (), SATURATED, facts=("squared tanh",)),
+    Entry("log_of_zero", (), SATURATED, facts=("one minus squared tanh",)),
     Entry(
         "log_of_zero",
         (),
@@ -61,6 +61,13 @@ ZEROS: tuple[Entry, ...] = (
         "The logarithm in `{line}` was given an exp that is an exact 0. Use the argument of exp itself, and bound it where it "
         "is the logarithm of a scale (clamp(min=-10)).",
         facts=("exponential",),
+    ),
+    Entry(
+        "log_of_zero",
+        (),
+        "In `{line}` an exp has come so close to what it is subtracted from, or what is subtracted from it, that the logarithm "
+        "was given an exact 0. Use torch.expm1 (NG111), and keep its argument away from 0.",
+        facts=("shifted exponential",),
     ),
     Entry(
         "log_of_zero",
