@@ -34,6 +34,14 @@ class SoftmaxByHandInPlace(Small):
         return (z.exp() / z.exp().sum(1, keepdim=True)).square().sum()
 
 
+@bug("aten.sub", "fully_masked")
+class SoftmaxByHandWithCasts(Small):
+    def loss(self, h, y, s):
+        z = h.masked_fill(s == 0, NEVER)
+        most = z.amax(1, keepdim=True).clone().double()
+        return (z.double() - most).exp().square().mean()  # <- here
+
+
 @bug("aten.div", "division_by_zero", says=("A row is masked altogether",), omits=("clamp", "NG201"))
 class MaskedExponentials(Small):
     def loss(self, h, y, s):
@@ -232,6 +240,18 @@ class SpreadOfTheBatch(Small):
 
     def loss(self, h, y, s):
         return (h / (self.spread * s)).mean()  # <- here
+
+
+@bug("aten.div", "division_by_zero", bad=tuple(range(8)), omits=("the buffer", "whatever the batch"))
+class SpreadOfACount(Small):
+    """Nothing but a number comes from the batch; but other batches are well."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("spread", torch.ones(4))
+
+    def loss(self, h, y, s):
+        return (h / (self.spread * int((s > 0).sum()))).mean()  # <- here
 
 
 @bug("aten.add", "parameters", tensor="spread", says=("no optimizer steps it",), omits=("learning rate",), **WEIGHTS)
