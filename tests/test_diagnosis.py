@@ -72,7 +72,7 @@ ZOO: dict[str, Bug] = {
     "a mask, multiplied": Bug(lambda h, s: h.masked_fill(s == 0, float("-inf")) * s, "invalid_domain", "aten.mul"),
     "a mask, subtracted": Bug(
         lambda h, s: (lambda m: m - m.amax(1, keepdim=True))(h.masked_fill(s == 0, float("-inf"))),
-        "invalid_domain",
+        "fully_masked",
         "aten.sub",
     ),
     "softmax": Bug(lambda h, s: F.softmax(h.masked_fill(s == 0, float("-inf")), -1), "fully_masked", "aten._softmax"),

@@ -16,6 +16,7 @@ from zoo.base import SIZE
 from nanguard.algebra.registry import lookup
 from nanguard.diagnosis.advice import advice
 from nanguard.diagnosis.table import ADVICE
+from nanguard.diagnosis.traits import TRAITS
 from nanguard.incident import Cause, Incident, Origin
 
 ERROR = {"capture": {"enabled": False}, "budget": {"consecutive": 50}}
@@ -55,6 +56,9 @@ def explained(incident: Incident, bug: Bug) -> None:
     if bug.samples is not None and bug.indices == "obvious":
         assert incident.dataset_indices == tuple(SIZE * bug.batch_idx + position for position in bug.samples)
     assert incident.advice
+    missing = [text for text in bug.says if text not in incident.advice]
+    wrong = [text for text in bug.omits if text in incident.advice]
+    assert not missing + wrong, incident.advice
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -78,12 +82,29 @@ def test_a_healthy_module(tmp_path: Path, name: str) -> None:
     assert found.incidents == []
 
 
-@pytest.mark.parametrize("entry", ADVICE, ids=lambda entry: f"{entry.cause} {' '.join(entry.ops)[:30]}")
+@pytest.mark.parametrize("entry", ADVICE, ids=lambda e: " ".join([e.cause, *e.ops, *e.facts])[:50])
 def test_advice_names_rules_that_there_are(entry: Any) -> None:
     for code in re.findall(r"NG\d+", entry.text):
         assert lookup(code).code == code
     assert entry.text.count(". ") <= 1
-    assert advice(entry.cause, Origin(op=entry.ops[0] if entry.ops else None, phase=entry.phase))
+    origin = Origin(op=entry.ops[0] if entry.ops else None, phase=entry.phase)
+    for fact in entry.facts or ("",):
+        assert advice(entry.cause, origin, facts={fact: f"<{fact}>"})
+
+
+@pytest.mark.parametrize(
+    "entry", [entry for entry in ADVICE if entry.facts], ids=lambda e: " ".join([e.cause, *e.facts])
+)
+def test_advice_for_a_fact_is_reached_with_it_alone(entry: Any) -> None:
+    origin = Origin(op=entry.ops[0] if entry.ops else None, phase=entry.phase)
+    without = advice(entry.cause, origin)
+    for fact in entry.facts:
+        assert advice(entry.cause, origin, facts={fact: "so"}) != without
+
+
+def test_every_fact_is_one_that_a_recording_may_have() -> None:
+    known = {*TRAITS, "weight", "zero", "minus one", "exponent", "state", "statistics"}
+    assert {fact for entry in ADVICE for fact in entry.facts} <= known
 
 
 @pytest.mark.parametrize("cause", Cause.__args__)  # type: ignore[attr-defined]

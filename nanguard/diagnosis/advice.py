@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from nanguard.diagnosis.table import ADVICE
 from nanguard.incident import Cause, Origin
 
@@ -10,19 +12,32 @@ __all__ = ["advice"]
 _LONGEST = 60
 
 
-def advice(cause: Cause, origin: Origin | None, notes: tuple[str, ...] = ()) -> str:
-    """One or two plain sentences: what to do; and what further runs have shown, a sentence for each."""
+def advice(
+    cause: Cause, origin: Origin | None, notes: tuple[str, ...] = (), facts: Mapping[str, str] | None = None
+) -> str:
+    """One or two plain sentences: what to do; and what further runs have shown, a sentence for each.
+
+    Args:
+        cause: the kind of failure.
+        origin: the operation.
+        notes: what further runs have shown.
+        facts: what is known of the value to blame, see `nanguard.diagnosis.facts`.
+    """
+    facts = facts or {}
     op = (origin.op if origin else None) or ""
     phase = origin.phase if origin else None
     text = next(
         (
             entry.text
             for entry in ADVICE
-            if entry.cause == cause and (not entry.ops or op in entry.ops) and entry.phase in (None, phase)
+            if entry.cause == cause
+            and (not entry.ops or op in entry.ops)
+            and entry.phase in (None, phase)
+            and (not entry.facts or any(fact in facts for fact in entry.facts))
         ),
         "",
     )
-    return " ".join(filter(None, [text.format(**_fields(origin)), *notes]))
+    return " ".join(filter(None, [text.format(**_fields(origin), **facts), *notes]))
 
 
 def _fields(origin: Origin | None) -> dict[str, str]:

@@ -20,6 +20,7 @@ from nanguard.diagnosis import counterfactuals
 from nanguard.diagnosis.advice import advice
 from nanguard.diagnosis.batches import batch_size, replaced, take
 from nanguard.diagnosis.cause import cause_of, guilty_operand
+from nanguard.diagnosis.facts import facts_of, state_facts
 from nanguard.diagnosis.leaves import leaf_path, meant_leaves, named_leaves
 from nanguard.diagnosis.naming import clean_name
 from nanguard.diagnosis.optimizing import optimizer_fault
@@ -106,16 +107,24 @@ def suspects(
     notes = () if run else (_NOT_RUN_AGAIN.format(why, ", and from the watched modules" if watched else " alone"),)
     named = {clean_name(name): tensor for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
     if weights := nonfinite_names(named.items()):
-        return _outside(Origin(), "parameters", weights[0], named[weights[0]], notes)
+        facts = state_facts(module, weights[0])
+        return _outside(Origin(), "parameters", weights[0], named[weights[0]], notes, facts)
     leaves = dict(named_leaves(args))
     if inputs := nonfinite_names(leaves.items()):
         return _outside(Origin(), "bad_input", inputs[0], leaves[inputs[0]], notes)
     return Diagnosis(advice=advice("unknown", None) if run else " ".join(notes))
 
 
-def _outside(origin: Origin, cause: Cause, name: str, tensor: Tensor, notes: tuple[str, ...] = ()) -> Diagnosis:
+def _outside(
+    origin: Origin,
+    cause: Cause,
+    name: str,
+    tensor: Tensor,
+    notes: tuple[str, ...] = (),
+    facts: Mapping[str, str] | None = None,
+) -> Diagnosis:
     origin = replace(origin, tensor=name, operands=(describe_tensor(name, tensor),))
-    return Diagnosis(origin, cause, advice=advice(cause, origin, notes))
+    return Diagnosis(origin, cause, advice=advice(cause, origin, notes, facts))
 
 
 class _Case:
@@ -154,6 +163,7 @@ class _Case:
         found = self._named(finding, name)
         forward = outcome.forward
         by_weights = self._by_weights(finding, found, forward)
+        text = found.advice or advice(found.cause, found.origin, facts=facts_of(finding, by_weights=by_weights))
         notes = self._evidence(found, finding, forward, by_weights) if counterfactual else ()
         positions = None
         if samples and not by_weights and found.origin is not None and found.origin.phase != "optimizer":
@@ -163,17 +173,20 @@ class _Case:
             found,
             samples=positions,
             verdict="reproduced",
-            advice=" ".join(filter(None, [found.advice, *notes])),
+            advice=" ".join(filter(None, [text, *notes])),
         )
 
     def _named(self, finding: Finding, name: str | None) -> Diagnosis:
         if finding.external is not None and name is not None:
             if not name.startswith(("batch", "args[")):
                 by_optimizer = self._by_optimizer(name)
-                return by_optimizer or _outside(finding.origin, "parameters", name, finding.external)
+                return by_optimizer or self._state(finding.origin, name, finding.external)
             return _outside(finding.origin, "bad_input", name, finding.external)
         cause = cause_of(finding)
-        return Diagnosis(finding.origin, cause, advice=advice(cause, finding.origin))
+        return Diagnosis(finding.origin, cause)
+
+    def _state(self, origin: Origin, name: str, tensor: Tensor) -> Diagnosis:
+        return _outside(origin, "parameters", name, tensor, facts=state_facts(self._rerun.module, name))
 
     def _by_optimizer(self, name: str) -> Diagnosis | None:
         parameter = {clean_name(key): entry for key, entry in self._rerun.module.named_parameters()}.get(name)
@@ -226,10 +239,19 @@ class _Case:
                 notes.append(f"With the stabiliser the step is finite ({swap.rule}){form}.")
                 return tuple(notes)
         if found.cause in ("overflow", "unknown"):
-            fails = counterfactuals.fails_in_double(self._micro, self._rerun, backward=not forward)
-            if fails is not None:
-                notes.append("In float64 it fails, too." if fails else "In float64 the same step is finite.")
+            notes += self._in_double(backward=not forward)
         return tuple(notes)
+
+    def _in_double(self, *, backward: bool) -> list[str]:
+        fails = counterfactuals.fails_in_double(self._micro, self._rerun, backward=backward)
+        if fails is None:
+            return []
+        if not fails:
+            return ["In float64 the same step is finite."]
+        narrower = counterfactuals.narrower_in_double(self._micro, self._rerun, backward=backward)
+        if narrower is not None:
+            return [f"The code itself computes this in {narrower}, also where all else is float64."]
+        return ["In float64 it fails, too."]
 
     # -- whose fault it is
 

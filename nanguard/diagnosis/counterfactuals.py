@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nanguard.diagnosis.recording import Trace
 from nanguard.diagnosis.rerun import MicroBatch, Rerun
+from nanguard.diagnosis.walk import blame
 from nanguard.incident import Swap
 from nanguard.inputs import copy_of
 from nanguard.trees import map_tensors
 
-__all__ = ["fails_again", "fails_in_double", "fails_with", "saving_swaps"]
+__all__ = ["fails_again", "fails_in_double", "fails_with", "narrower_in_double", "saving_swaps"]
 
 
 def fails_again(micro: MicroBatch, rerun: Rerun) -> bool:
@@ -34,6 +36,18 @@ def fails_in_double(micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -
     doubled = replace(rerun, step=_in_double(rerun.module, rerun.step))
     args = map_tensors(_double, copy_of(micro.args))
     return doubled(micro, args, backward=backward, within=_double_precision).fails
+
+
+def narrower_in_double(micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -> str | None:
+    """The dtype that the code itself asks for where the step fails in float64, too; `None` where that is float64."""
+    trace = Trace(rerun.module)
+    doubled = replace(rerun, step=_in_double(rerun.module, rerun.step))
+    args = map_tensors(_double, copy_of(micro.args))
+    outcome = doubled(micro, args, trace, backward=backward, within=_double_precision)
+    found = blame(trace, outcome.blamed) if outcome.fails else None
+    if found is None or found.dtype in (None, torch.float64, torch.complex128):
+        return None
+    return str(found.dtype).removeprefix("torch.")
 
 
 def saving_swaps(micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -> list[Swap]:

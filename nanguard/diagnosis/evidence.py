@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanguard.diagnosis.operations import JUDGED, broadcast_to
-from nanguard.diagnosis.records import Evidence, Record, Source, Value, storage_of
+from nanguard.diagnosis.operations import COPIES, JUDGED, broadcast_to
+from nanguard.diagnosis.records import Descent, Evidence, Record, Source, Value, storage_of
 from nanguard.diagnosis.statistics import describe_tensor, plain
 
 __all__ = ["evidence_of", "judged", "reaches"]
 
 Spots = tuple[Tensor, ...]
 _FEW = 256
+_EXTREMES = {("aten.max", "aten.amax"): -math.inf, ("aten.min", "aten.amin"): math.inf}
 
 
 def judged(record: Record, tensor: Tensor, mask: Tensor, wanted: bool) -> Value:
@@ -100,8 +103,7 @@ def evidence_of(
     record: Record,
     tensor: Tensor,
     given: list[Any],
-    masked: set[int],
-    dependent: set[int],
+    masked: Callable[[Tensor], bool],
     *,
     continued: bool = False,
 ) -> Evidence | None:
@@ -111,8 +113,7 @@ def evidence_of(
         record: the operation, with its sources and its result.
         tensor: the result.
         given: tensors and numbers that it was given, in order.
-        masked: memory of gradients that a mask of the program made 0.
-        dependent: memory that depends on the batch.
+        masked: whether a gradient is 0 because a mask of the program made it so.
         continued: whether to look at all bad elements, also those that came in.
     """
     bad = record.writes[0].value.bad
@@ -136,25 +137,26 @@ def evidence_of(
         zeros = [value for value, at in found if at is not None and bool((at == 0).all())]
     zero, nan_there = bool(zeros), bool(nan.any())
     if continued:
-        return Evidence(new, nan=nan_there, zero=zero, masked=any(storage_of(value) in masked for value in zeros))
+        return Evidence(new, nan=nan_there, zero=zero, masked=any(map(masked, zeros)))
     meant = any(source.value.meant is not None for source in record.sources)
     numbers = [torch.tensor(float(v), dtype=torch.float64) for v in given if not isinstance(v, Tensor)]
-    shown = tensors + (numbers if record.kernel in JUDGED or record.kernel in ("aten.add", "aten.sub") else [])
+    shown = tensors + (numbers if record.kernel in JUDGED else [])
+    guilty = tuple(_values(value, new.shape, spots) for value in given)
     return Evidence(
         new,
         stats=tuple(describe_tensor(f"input {i}", value) for i, value in enumerate(shown)),
-        guilty=tuple(_values(value, new.shape, spots) for value in given),
+        guilty=guilty,
         nan=nan_there,
         zero=zero,
-        masked=any(storage_of(value) in masked for value in zeros),
+        masked=any(map(masked, zeros)),
         meant=meant,
-        row=record.row_masked or _normalised(record),
-        independent=tuple(i for i, value in enumerate(given) if not _depends(value, dependent)),
+        row=record.row_masked or _normalised(record, guilty),
+        independent=tuple(i for i, value in enumerate(record.given) if not _depends(value)),
     )
 
 
-def _depends(value: Any, dependent: set[int]) -> bool:
-    return isinstance(value, Tensor) and storage_of(value) in dependent
+def _depends(value: Descent | float) -> bool:
+    return not isinstance(value, float) and value.batch
 
 
 def _values(value: Any, shape: torch.Size, spots: Spots) -> Tensor:
@@ -172,10 +174,35 @@ def _at(value: Tensor, shape: torch.Size, spots: Spots) -> Tensor | None:
     return None if spread is None else spread[tuple(entry.to(value.device) for entry in spots)]
 
 
-def _normalised(record: Record) -> bool:
-    """Whether a row is subtracted whose logsumexp was that of nothing: a log-softmax, written out."""
-    makers = [write.record for source in record.sources for write in source.writes]
-    return record.kernel == "aten.sub" and any(m.kernel == "aten.logsumexp" and m.row_masked for m in makers)
+def _normalised(record: Record, guilty: tuple[Tensor, ...]) -> bool:
+    """Whether a row that is masked altogether has its own maximum or logsumexp subtracted: a softmax, written out."""
+    if record.kernel != "aten.sub":
+        return False
+    makers = [maker for source in record.sources for maker in _makers(source) if maker.row_masked]
+    if any(maker.kernel == "aten.logsumexp" for maker in makers):
+        return True
+    # Where the maximum of a row is -inf, all of it is; other infinities that meet say nothing of their rows.
+    for extremes, value in _EXTREMES.items():
+        if all(bool((values == value).all()) for values in guilty):
+            found = [maker for maker in makers if maker.kernel in extremes]
+            return any(_is_of(maker, source) for maker in found for source in record.sources)
+    return False
+
+
+def _makers(source: Source) -> list[Record]:
+    """The operations that an input comes from, beyond copies and casts."""
+    found = []
+    for write in source.writes:
+        while write.record.kernel in COPIES and len(write.record.sources) == 1 and write.record.sources[0].writes:
+            write = write.record.sources[0].writes[-1]
+        found.append(write.record)
+    return found
+
+
+def _is_of(maker: Record, source: Source) -> bool:
+    """Whether a reduction was given just this input, or a copy of it."""
+    given, tensor = [entry.value.tensor for entry in maker.sources], source.value.tensor
+    return any(same_place(one, tensor) or (one.shape == tensor.shape and bool((one == tensor).all())) for one in given)
 
 
 def _logarithm_of_a_mask(record: Record) -> bool:

@@ -62,6 +62,8 @@ JUDGED = frozenset(
             "tan",
             "exp",
             "mul",
+            "add",
+            "sub",
         ),
     )
 )

@@ -15,13 +15,13 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanguard.diagnosis.descent import Descents
 from nanguard.diagnosis.evidence import evidence_of, judged, same_place
 from nanguard.diagnosis.naming import function_of, module_names, place_here, recomputing
-from nanguard.diagnosis.operations import JUDGED, MASKS, ROWS, STATISTICS, Operation, arguments, operation, row_masked
+from nanguard.diagnosis.operations import JUDGED, ROWS, STATISTICS, Operation, arguments, operation, row_masked
 from nanguard.diagnosis.records import Record, Source, Value, Write, storage_of
 from nanguard.diagnosis.regions import covers, key_of, told_apart
 from nanguard.diagnosis.statistics import nonfinite, plain
@@ -48,12 +48,10 @@ class Trace(TorchDispatchMode):
         self._names = module_names(root)
         self._stack: list[str] = [""]
         self._count = 0
-        self._batch = {storage_of(tensor) for tensor in batch}
-        self._suspects = {*self._batch, *(storage_of(tensor) for tensor in weights)}
-        self._dependent = set(self._batch)
-        self._masked: set[int] = set()
+        from_batch = {storage_of(tensor) for tensor in batch}
+        self._suspects = {*from_batch, *(storage_of(tensor) for tensor in weights)}
+        self._descents = Descents(root, from_batch)
         self._made: set[int] = set()
-        self._storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
         self._seen: set[tuple[Any, ...]] = set()
         self._kept: list[Tensor] = []
         self.bad: dict[int, list[Write]] = {}
@@ -97,10 +95,12 @@ class Trace(TorchDispatchMode):
         sources = [source for source in map(self._source, read) if source is not None]
         overwrites = bool(known.written) and known.name in JUDGED
         kept = [value.clone() if overwrites and isinstance(value, Tensor) else value for value in given]
+        descents = self._descents.given(given)
         result = func(*args, **kwargs)
         results = [value for value in arguments([result]) if isinstance(value, Tensor)]
         record = self._record(known)
-        self._taint(known, record, tensors, results)
+        record.given = descents
+        self._descents.follow(known, descents, tensors, results, sources, backward=record.backward)
         if known.empty:
             self._made.update(storage_of(tensor) for tensor in results)
             return result
@@ -139,28 +139,6 @@ class Trace(TorchDispatchMode):
         record = Record(self._count, known.name, module, place, False, None, pointwise=known.pointwise)
         self.forward.setdefault(sequence, record)
         return record
-
-    def _taint(self, known: Operation, record: Record, tensors: list[Tensor], results: list[Tensor]) -> None:
-        """Carries on what depends on the batch and, in a backward pass, what gradients a mask of the program made 0."""
-        given = [self._known(tensor) for tensor in tensors]
-        made = [self._known(tensor) for tensor in results]
-        if any(storage in self._dependent for storage in given):
-            self._dependent.update(made)
-        else:
-            self._dependent.difference_update([storage for storage in made if storage not in given])
-        if not record.backward:
-            return
-        if any(storage in self._masked for storage in given) or _masks(known, tensors):
-            self._masked.update(made)
-        else:
-            self._masked.difference_update([storage for storage in made if storage not in given])
-
-    def _known(self, tensor: Tensor) -> int:
-        """The identity of a tensor's memory, which from now on is nobody else's."""
-        storage = storage_of(tensor)
-        if storage not in self._storages and tensor.layout is torch.strided and not tensor.is_nested:
-            self._storages[storage] = StorageWeakRef(tensor.untyped_storage())
-        return storage
 
     def _judged(self, tensor: Tensor) -> Tensor | None:
         """Where a result is not finite. Takes note of it where it is finite everywhere."""
@@ -229,7 +207,7 @@ class Trace(TorchDispatchMode):
             write = Write(record, value)
             record.writes.append(write)
             self._remember(tensor, write)
-        new = evidence_of(record, bad[0][0], given, self._masked, self._dependent)
+        new = evidence_of(record, bad[0][0], given, self._descents.masked)
         if new is not None:
             record.evidence = new
         elif record.backward:
@@ -250,7 +228,7 @@ class Trace(TorchDispatchMode):
         makers = [write.record for source in sources for write in source.writes]
         if not any(source.saved for source in sources) and all(m.sequence != record.sequence for m in makers):
             return
-        more = evidence_of(record, tensor, kept, self._masked, self._dependent, continued=True)
+        more = evidence_of(record, tensor, kept, self._descents.masked, continued=True)
         if more is None:
             return
         if all(source.saved for source in sources):
@@ -274,21 +252,6 @@ class Trace(TorchDispatchMode):
 
 def _argument(args: Any, kwargs: Any, position: int, name: str) -> Any:
     return args[position] if position < len(args) else kwargs.get(name)
-
-
-def _masks(known: Operation, tensors: list[Tensor]) -> bool:
-    """Whether a backward operation gives a gradient of 0 to what a mask left out: also one that is multiplied."""
-    node = torch._C._current_autograd_node()
-    name = node.name() if node is not None else ""
-    if name.startswith(MASKS):
-        return True
-    if not name.startswith("MulBackward") or known.name != "aten.mul":
-        return False
-    return any(not tensor.requires_grad and plain(tensor) and _zeros_and_ones(tensor) for tensor in tensors[1:])
-
-
-def _zeros_and_ones(tensor: Tensor) -> bool:
-    return tensor.numel() > 0 and bool((tensor == 0).any()) and bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def _selector(name: str, args: Any) -> Tensor | None:

@@ -6,6 +6,7 @@ A non-finite element is *bad*, or it is *meant*: an infinity that the program pu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from nanguard.incident import TensorStats
 from nanguard.source import Frame
 
-__all__ = ["Evidence", "Mark", "Place", "Record", "Source", "Value", "Write", "storage_of"]
+__all__ = ["Descent", "Evidence", "Mark", "Place", "Record", "Source", "Value", "Write", "storage_of"]
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -88,6 +89,25 @@ class Source:
     saved: bool = False  # in a backward pass: made by the forward pass, so no gradient
 
 
+@dataclass(frozen=True, eq=False)
+class Descent:
+    """Where one tensor comes from.
+
+    Attributes:
+        batch: whether it depends on the batch.
+        weights: the parameters and buffers that it is made of, the first few, as ``the buffer norm.scale``.
+        leaf: whether it is one of those itself.
+        traits: by which functions it was made, each with a text for the advice.
+        masked: where it is the exp of a -inf that was meant.
+    """
+
+    batch: bool = False
+    weights: frozenset[str] = frozenset()
+    leaf: bool = False
+    traits: Mapping[str, str] = field(default_factory=dict)
+    masked: Tensor | None = None
+
+
 @dataclass(eq=False)
 class Evidence:
     """An operation that made bad elements where its inputs had none.
@@ -127,6 +147,7 @@ class Record:
         selector: for operations that choose elements (`where`, `masked_fill`), the condition.
         met: of backward operations, what a gradient was that met a value which the forward pass had made non-finite.
         row_masked: whether a row that it reduced held nothing but infinities that were meant.
+        given: where each of the tensors comes from that it was given, and the numbers.
     """
 
     index: int
@@ -146,3 +167,4 @@ class Record:
     met: Evidence | None = None
     mask_like: bool = False
     row_masked: bool = False
+    given: tuple[Descent | float, ...] = ()

@@ -21,7 +21,7 @@ from nanguard.diagnosis.naming import with_source
 from nanguard.diagnosis.operations import COPIES
 from nanguard.diagnosis.reach import needed
 from nanguard.diagnosis.recording import Trace
-from nanguard.diagnosis.records import Evidence, Mark, Place, Record, Source, Write, storage_of
+from nanguard.diagnosis.records import Descent, Evidence, Mark, Place, Record, Source, Write, storage_of
 from nanguard.diagnosis.regions import carried_over
 from nanguard.diagnosis.statistics import describe_tensor, nonfinite, plain
 from nanguard.incident import Origin
@@ -47,6 +47,9 @@ class Finding:
         rows: which elements of its result were bad.
         caller: the frame that called the library which the origin lies in.
         forward: what the forward pass made non-finite at this operation, although the loss did not show it.
+        told: the name of the operation that failed, of a derivative that of the forward pass, and what it was given: where
+            each of the tensors comes from, and the numbers.
+        dtype: that of what failed.
     """
 
     origin: Origin
@@ -60,6 +63,8 @@ class Finding:
     rows: Tensor | None = None
     caller: Place | None = None
     forward: Evidence | None = None
+    told: tuple[str, tuple[Descent | float, ...]] = ("", ())
+    dtype: torch.dtype | None = None
 
     def same_as(self, other: Finding | None) -> bool:
         """Whether two findings have the same origin: operation, phase, module and line.
@@ -252,6 +257,7 @@ def _finding(trace: Trace, end: _End, *, reached: bool = False) -> Finding:
     # A hook on a gradient is the user's own code; what a custom function does is called by the function's name.
     hook = record.backward and record.function is None and record.place.frame is not None and not record.place.engine
     home = record if hook else forward or record
+    told = record if record.function is not None else home
     place = home.place
     # What a custom function does in its backward pass was called where the function was applied.
     frame = place.call if record.backward and not hook and place.function is not None else place.frame
@@ -284,4 +290,6 @@ def _finding(trace: Trace, end: _End, *, reached: bool = False) -> Finding:
         rows=end.rows,
         caller=place,
         forward=inner,
+        told=(told.kernel, told.given),
+        dtype=record.writes[0].value.tensor.dtype if record.writes else None,
     )

@@ -48,7 +48,8 @@ class Bug:
         library: part of the path of the library's file, where its line is at fault.
         indices: indices into the dataset, where those are not the obvious ones.
         source: where the marked line is, if not in the class.
-        capture: whether the whole comparison of runs is made.
+        says: what the advice holds.
+        omits: what it does not hold.
     """
 
     make: Callable[[], Any]
@@ -67,6 +68,8 @@ class Bug:
     library: str | None = None
     indices: tuple[int, ...] | str | None = "obvious"
     source: Any = None
+    says: tuple[str, ...] = ()
+    omits: tuple[str, ...] = ()
 
     def loader(self) -> DataLoader:
         """A loader of the samples, in order."""

@@ -132,8 +132,27 @@ class RootMeanSquareNorm(Small):
 @bug("aten.sub", "invalid_domain")
 class InfinityMinusInfinity(Small):
     def loss(self, h, y, s):
-        masked = h.masked_fill(s == 0, float("-inf"))
-        return torch.exp(masked - masked.amax(1, keepdim=True)).mean()  # <- here
+        one, other = h.masked_fill(s == 0, float("-inf")), h.flip(1).masked_fill(s == 0, float("-inf"))
+        return torch.exp(one - other).mean()  # <- here
+
+
+@bug("aten.sub", "invalid_domain")
+class MinusTheMaximumOfAnother(Small):
+    """Both are masked altogether, but neither is normalised by its own maximum."""
+
+    def loss(self, h, y, s):
+        one, other = h.masked_fill(s == 0, float("-inf")), (h + 1).masked_fill(s == 0, float("-inf"))
+        other = torch.where(torch.arange(4) == 3, other, other + 1)
+        return torch.exp(one - other.amax(1, keepdim=True)).mean()  # <- here
+
+
+@bug("aten.sub", "invalid_domain")
+class MinusItsMinimum(Small):
+    """One row is masked altogether, but in the other, too, -inf meets -inf."""
+
+    def loss(self, h, y, s):
+        z = h.masked_fill((s == 0) & ((torch.arange(4) < 2) | (y[:, None] == 1)), float("-inf"))
+        return torch.exp(z.amin(1, keepdim=True) - z).mean()  # <- here
 
 
 @bug("aten.mul", "invalid_domain")

@@ -49,7 +49,7 @@ class BiasIsInfinite(Spoiled):
         self.head.bias[0] = float("inf")
 
 
-@bug("aten.mul", "parameters", tensor="scale", **ANY)
+@bug("aten.mul", "parameters", tensor="scale", says=("no optimizer steps it",), omits=("gradient norms",), **ANY)
 class InfiniteBuffer(Spoiled):
     def __init__(self):
         super().__init__()
@@ -62,7 +62,14 @@ class InfiniteBuffer(Spoiled):
         self.scale[3] = float("inf")
 
 
-@bug("aten.native_batch_norm", "parameters", module="norm", tensor="norm.running_var", **ANY)
+@bug(
+    "aten.native_batch_norm",
+    "parameters",
+    module="norm",
+    tensor="norm.running_var",
+    says=("running statistics",),
+    **ANY,
+)
 class FrozenStatistics(Spoiled):
     def __init__(self):
         super().__init__()
@@ -134,7 +141,7 @@ class LayerNormWeight(Spoiled):
         self.norm.weight[0] = NAN
 
 
-@bug("aten.mm", "parameters", tensor="projection", **ANY)
+@bug("aten.mm", "parameters", tensor="projection", says=("learning rate",), **ANY)
 class BareParameter(Spoiled):
     def __init__(self):
         super().__init__()
