@@ -159,8 +159,8 @@ class NanGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Saves the state before the step, where the policy watches the validation."""
-        if self._session is not None:
-            self._session.begin_validation(batch, batch_idx, dataloader_idx)
+        if self._session is not None and self._session.validation is not None:
+            self._session.validation.begin(batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -172,13 +172,13 @@ class NanGuard(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Looks at what the step gave."""
-        if self._session is not None:
-            self._session.end_validation(outputs, batch_idx, dataloader_idx)
+        if self._session is not None and self._session.validation is not None:
+            self._session.validation.end(outputs, batch_idx, dataloader_idx)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Processes that validate together decide together."""
-        if self._session is not None:
-            self._session.finish_validation()
+        if self._session is not None and self._session.validation is not None:
+            self._session.validation.finish()
 
 
 def _first(callbacks: list[Callback], guard: Callback) -> list[Callback]:

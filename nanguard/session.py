@@ -14,13 +14,13 @@ from torch import Tensor
 from nanguard.archive import Circumstances
 from nanguard.diagnosis import MicroBatch, Rerun
 from nanguard.errors import NanGuardWarning, NonFiniteError
-from nanguard.guard import Guard, Moment
+from nanguard.guard import Guard
 from nanguard.incident import Advice, Incident, Swap
 from nanguard.moving import MovingParameters
 from nanguard.patches import Patches
 from nanguard.policy import Policy
 from nanguard.rng import RngState
-from nanguard.sampling import SampleRecord, indices_in_order
+from nanguard.sampling import SampleRecord
 from nanguard.trainer_state import (
     IGNORED,
     circumstances,
@@ -28,17 +28,16 @@ from nanguard.trainer_state import (
     hold_schedulers,
     is_users_hook,
     loss_of_step,
+    moment_of,
     peers_of,
     quiet,
     refuse_engines,
     save_manual,
     save_progress,
     save_results,
-    validated_values,
-    validation_loader,
 )
 from nanguard.transaction import Transaction
-from nanguard.validation import ValidationWatch, validation_arguments
+from nanguard.validating import ValidationLoop
 from nanguard.values import Undo
 
 __all__ = ["Session", "SkipStep"]
@@ -91,7 +90,10 @@ class Session:
         self._warned = False
         self._own_start = is_users_hook(module, "on_train_batch_start")
         self.guard = self._make_guard(incidents, swaps, advice)
-        self._validation = self._make_validation(incidents) if policy.watch.validation else None
+        self.validation: ValidationLoop | None = None
+        if policy.watch.validation:
+            lead_up = self.guard.lead_up_to_validation
+            self.validation = ValidationLoop(policy, trainer, module, incidents, self._circumstances, lead_up)
         self._wrap()
 
     def _make_guard(self, incidents: list[Incident], swaps: list[Swap], advice: list[Advice]) -> Guard:
@@ -117,19 +119,6 @@ class Session:
             incidents=incidents,
             swaps=swaps,
             advice=advice,
-        )
-
-    def _make_validation(self, incidents: list[Incident]) -> ValidationWatch:
-        peers = peers_of(self._trainer) if self._trainer.world_size > 1 else None
-        return ValidationWatch(
-            self._policy,
-            self._module,
-            self._circumstances,
-            incidents,
-            peers=peers,
-            ignored=IGNORED,
-            surroundings=self._quiet_validation if peers is None else None,
-            lead_up=self.guard.lead_up_to_validation,
         )
 
     # -- wrapping
@@ -167,12 +156,6 @@ class Session:
     @contextmanager
     def _quiet(self, micro: MicroBatch) -> Iterator[None]:
         with quiet(self._trainer, self._module), self._plain_context(), self.guard.stabilizing(micro):
-            yield
-
-    @contextmanager
-    def _quiet_validation(self, micro: MicroBatch) -> Iterator[None]:
-        plugin = self._trainer.precision_plugin
-        with quiet(self._trainer, self._module, "validation_step"), plugin.val_step_context():
             yield
 
     def _optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
@@ -236,7 +219,7 @@ class Session:
             indices, rewind = self._samples.next_batch()
         self._progress = save_progress(trainer) if self._policy.hold_global_step else None
         self.guard.begin(
-            self._moment(batch_idx),
+            moment_of(trainer, batch_idx),
             args,
             indices=indices,
             rewind=rewind,
@@ -305,35 +288,6 @@ class Session:
             if self._judged:  # otherwise the rest of the accumulation window is left out, too
                 self.guard.end_window()
                 self._held.undo()
-
-    # -- validation
-
-    def begin_validation(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        """Before a validation step."""
-        if self._validation is not None and not gives_iterators(self._trainer.fit_loop.epoch_loop.val_loop):
-            self._validation.begin(validation_arguments(self._module, batch, batch_idx, dataloader_idx))
-
-    def end_validation(self, output: Any, batch_idx: int, dataloader_idx: int) -> None:
-        """After a validation step."""
-        if self._validation is not None:
-            place = f" of loader {dataloader_idx}" if dataloader_idx else ""
-            logged = validated_values(self._trainer)
-            self._trainer.should_stop |= self._validation.end(
-                self._moment(batch_idx),
-                output,
-                logged,
-                place=place,
-                indices=lambda: indices_in_order(validation_loader(self._trainer, dataloader_idx), batch_idx),
-            )
-
-    def finish_validation(self) -> None:
-        """After the last validation step."""
-        if self._validation is not None:
-            self._trainer.should_stop |= self._validation.finish(self._moment(0))
-
-    def _moment(self, batch_idx: int) -> Moment:
-        trainer = self._trainer
-        return Moment(trainer.global_step, trainer.current_epoch, batch_idx, trainer.global_rank)
 
     # -- a second run of the step
 

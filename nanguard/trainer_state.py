@@ -19,6 +19,7 @@ from nanguard.errors import NanGuardError
 from nanguard.patches import Patches
 from nanguard.peers import Peers
 from nanguard.values import Undo
+from nanguard.window import Moment
 
 __all__ = [
     "IGNORED",
@@ -28,6 +29,7 @@ __all__ = [
     "hold_schedulers",
     "is_users_hook",
     "loss_of_step",
+    "moment_of",
     "optimizer_progress",
     "peers_of",
     "quiet",
@@ -161,6 +163,11 @@ def peers_of(trainer: Any) -> Peers:
     return Peers(
         rank=trainer.global_rank, any=lambda flag: strategy.reduce_boolean_decision(flag, all=False), gather=gather
     )
+
+
+def moment_of(trainer: Any, batch_idx: int) -> Moment:
+    """Where in the run a batch is."""
+    return Moment(trainer.global_step, trainer.current_epoch, batch_idx, trainer.global_rank)
 
 
 def gives_iterators(loop: Any) -> bool:

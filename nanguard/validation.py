@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -27,7 +26,7 @@ from nanguard.watching import ModuleWatch, Sighting, StepResults, infinities_of,
 from nanguard.watching.rows import WIDTH, measure
 from nanguard.window import Moment
 
-__all__ = ["ValidationWatch", "validation_arguments"]
+__all__ = ["ValidationWatch"]
 
 _DONE: dict[str, Action] = {"raise": "raised", "stop": "stopped"}
 _ADVICE = "This was a validation step: no weights were touched."
@@ -231,9 +230,3 @@ class ValidationWatch:
             return watch.sighting(0, loss_finite=False)
         finally:
             watch.end()
-
-
-def validation_arguments(module: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[Any, ...]:
-    """As many of them as the validation step takes."""
-    parameters = inspect.signature(module.validation_step).parameters
-    return (batch, batch_idx, dataloader_idx)[: len(parameters)]

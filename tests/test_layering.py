@@ -51,7 +51,18 @@ ROOMS = [
         "examination",
         "validation",
     ),
-    *("guard", "report", "trainer_state", "session", "lightning", "environment", "pytest_plugin", "cli", "__main__"),
+    *(
+        "guard",
+        "report",
+        "trainer_state",
+        "validating",
+        "session",
+        "lightning",
+        "environment",
+        "pytest_plugin",
+        "cli",
+        "__main__",
+    ),
 ]
 LIGHT = [
     "errors",
