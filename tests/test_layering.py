@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,29 @@ def test_arrows_point_down(path):
 
 def test_every_room_is_on_the_list():
     assert {room_of(path) for path in modules()} <= set(ROOMS)
+
+
+def names_of(path: Path) -> set[str]:
+    """The modules that a file names anywhere, also those that it imports late or for type checking."""
+    known = {module_of(file) for file in modules()}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            entries = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= entries & known or {node.module}
+    return found & known - {module_of(path)}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_files_go_round_in_a_circle():
+    graph = {module_of(path): names_of(path) for path in modules()}
+    assert sum(map(len, graph.values())) > len(graph)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
 
 
 def lightning_importers(paths) -> set[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from nanguard.capture.standin import toggled
 from nanguard.errors import CaptureError
 from nanguard.sentinel import all_finite
 
@@ -82,7 +82,7 @@ class Optimizers:
         optimizer.step = checked
         # What Lightning's own wrapper of an optimizer offers beyond.
         optimizer.optimizer = optimizer
-        optimizer.toggle_model = lambda sync_grad=True: toggled(self._module, optimizer)
+        optimizer.toggle_model = lambda sync_grad=True: _toggled(self._module, optimizer)
 
     def _watched(self, closure: Callable[[], Any], optimizer: Any) -> Callable[[], Any]:
         def checked() -> Any:
@@ -100,6 +100,20 @@ class Optimizers:
         if self._scale != 1.0:
             for gradient in gradients:
                 gradient.div_(self._scale)
+
+
+@contextlib.contextmanager
+def _toggled(module: nn.Module, optimizer: Any) -> Iterator[None]:
+    """Only the parameters of one optimizer get gradients inside the block."""
+    toggle: Any = getattr(module, "toggle_optimizer", None)
+    untoggle: Any = getattr(module, "untoggle_optimizer", None)
+    if toggle is not None:
+        toggle(optimizer)
+    try:
+        yield
+    finally:
+        if untoggle is not None:
+            untoggle(optimizer)
 
 
 def _parse(configured: Any) -> tuple[list[Any], list[Any]]:

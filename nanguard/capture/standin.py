@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, final
 
@@ -134,15 +133,3 @@ def _clip_gradients(optimizer: Any, clip_val: float | None = 0.0, gradient_clip_
         torch.nn.utils.clip_grad_value_(parameters, clip_val)
     else:
         torch.nn.utils.clip_grad_norm_(parameters, clip_val)
-
-
-@contextlib.contextmanager
-def toggled(module: nn.Module, optimizer: Any) -> Iterator[None]:
-    """Only the parameters of one optimizer get gradients inside the block."""
-    toggle: Any = getattr(module, "toggle_optimizer", _nothing)
-    untoggle: Any = getattr(module, "untoggle_optimizer", _nothing)
-    toggle(optimizer)
-    try:
-        yield
-    finally:
-        untoggle(optimizer)

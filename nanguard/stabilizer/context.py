@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import ParamSpec, TypeVar, cast, final
@@ -12,17 +11,16 @@ from typing import ParamSpec, TypeVar, cast, final
 import torch
 
 from nanguard.incident import Advice, Swap
+from nanguard.stabilizer.blocks import active_blocks
 from nanguard.stabilizer.compiled import watch
 from nanguard.stabilizer.mode import StabilizerMode
 from nanguard.stabilizer.regions import is_recomputing
 from nanguard.stabilizer.report import Report, Swaps
 
-__all__ = ["active_modes", "stabilize"]
+__all__ = ["stabilize"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_THREAD = threading.local()
 
 
 @final
@@ -98,7 +96,7 @@ class stabilize:
             report = Report(Swaps(), [] if again else self._advice, tells=not again and self._advice is None)
         mode = StabilizerMode(self._epsilon == "drop", report, self._saturated == "repair")
         mode.__enter__()
-        active_modes().append(mode)
+        active_blocks().append(mode)
         report.begin()
         return cast(Swaps, report.swaps)
 
@@ -110,9 +108,9 @@ class stabilize:
         if torch.compiler.is_dynamo_compiling():
             watch.tell(watch.leave)
             return
-        mode = active_modes().pop()
+        mode = active_blocks().pop()
         try:
-            mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+            mode.__exit__(kind, error, trace)
         finally:
             mode.close()
             mode.report.end(failed=error is not None)
@@ -138,14 +136,6 @@ class stabilize:
                 return function(*args, **kwargs)
 
         return wrapper
-
-
-def active_modes() -> list[StabilizerMode]:
-    """The active blocks of this thread, which end in the opposite order."""
-    if not hasattr(_THREAD, "modes"):
-        _THREAD.modes = []
-    modes: list[StabilizerMode] = _THREAD.modes
-    return modes
 
 
 def _rebuilt(epsilon: str, saturated: str, swaps: list[Swap] | None, advice: list[Advice] | None) -> stabilize:

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanguard.algebra import Term
 from nanguard.stabilizer.outline import filled
-from nanguard.stabilizer.regions import Region
+from nanguard.stabilizer.region import Region
 
 __all__ = ["Knowledge", "Known", "is_plain", "owns_memory"]
 

@@ -46,6 +46,8 @@ class StabilizerMode(TorchFunctionMode):
         repair: whether bounds that libraries put on probabilities are dropped.
     """
 
+    _stabilises = True  # `watch.BLOCK`
+
     def __init__(self, drop: bool, report: Report, repair: bool = False) -> None:
         super().__init__()
         self.report = report

@@ -16,49 +16,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import Any, cast, final
 
 import torch
 from torch.autograd import forward_ad
 
 from nanguard.stabilizer import checkpoints
+from nanguard.stabilizer.blocks import Block
 from nanguard.stabilizer.environment import in_transform
+from nanguard.stabilizer.knowledge import Knowledge, Known
+from nanguard.stabilizer.region import UNKNOWN, Region
 
-if TYPE_CHECKING:
-    from nanguard.stabilizer.knowledge import Knowledge, Known
-    from nanguard.stabilizer.mode import StabilizerMode
-
-__all__ = ["Recomputation", "Region", "Stay", "is_recomputing"]
+__all__ = ["Recomputation", "Stay", "is_recomputing"]
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _task_id = torch._C._current_graph_task_id
 
 # The attribute by which torch's state of a region leads to its `Region`.
 _MARK = "_nanguard_region"
-
-
-@final
-class Region:
-    """One run of a checkpointed function. It stands for it in what is known, and keeps nothing of it alive.
-
-    Attributes:
-        parent: the region around it.
-    """
-
-    __slots__ = ("parent",)
-
-    def __init__(self, parent: Region | None) -> None:
-        self.parent = parent
-
-    def holds(self, other: Region | None) -> bool:
-        """Whether the other is this one or lies in it; `None` is outside of all."""
-        while other is not None and other is not self:
-            other = other.parent
-        return other is self
-
-
-# What cannot be told. It is no region that anything could be swapped in.
-_UNKNOWN = Region(None)
 
 
 @final
@@ -102,7 +77,7 @@ class Recomputation:
             hold nothing of it.
     """
 
-    def __init__(self, function: Callable[..., Any], renewals: tuple[Callable[[], StabilizerMode], ...]) -> None:
+    def __init__(self, function: Callable[..., Any], renewals: tuple[Callable[[], Block], ...]) -> None:
         self._function = function
         self._renewals = renewals
 
@@ -133,7 +108,7 @@ class Stay:
         renewal: makes a silent mode of the same settings.
     """
 
-    def __init__(self, knowledge: Knowledge, renewal: Callable[[], StabilizerMode]) -> None:
+    def __init__(self, knowledge: Knowledge, renewal: Callable[[], Block]) -> None:
         self._knowledge = knowledge
         self._renewal = renewal
         self._run = _THREAD.run
@@ -201,7 +176,7 @@ class Stay:
 
     def _innermost(self, regions: list[tuple[Any, Region]] | None) -> Region | None:
         if regions is None:
-            return _UNKNOWN
+            return UNKNOWN
         region = regions[0][1] if regions else None
         return None if region in self._around else region
 

@@ -19,7 +19,7 @@ from nanguard.stabilizer.compiled.constants import constant_in
 from nanguard.stabilizer.compiled.frames import frames_of, is_of_subclass
 from nanguard.stabilizer.compiled.memory import Memory, example, storage_key, tensors_in
 from nanguard.stabilizer.compiled.reading import Kept, Known, Part, Reading, lawful
-from nanguard.stabilizer.compiled.watch import Settings
+from nanguard.stabilizer.compiled.settings import Settings
 
 __all__ = ["Plan", "Policy", "Replacement"]
 

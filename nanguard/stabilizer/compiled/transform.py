@@ -12,7 +12,7 @@ from nanguard.incident import Swap
 from nanguard.stabilizer.compiled.emit import carry_out
 from nanguard.stabilizer.compiled.names import swap_of
 from nanguard.stabilizer.compiled.plan import Plan, Policy
-from nanguard.stabilizer.compiled.watch import Settings
+from nanguard.stabilizer.compiled.settings import Settings
 
 __all__ = ["stabilised"]
 

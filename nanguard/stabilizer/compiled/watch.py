@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
 
 from nanguard.incident import Swap
+from nanguard.stabilizer.blocks import active_blocks
+from nanguard.stabilizer.compiled.settings import Settings
 
 if TYPE_CHECKING:
     from torch import fx
 
-__all__ = ["Settings", "counted", "entering", "leave", "run_as_is", "tell", "tracing"]
+__all__ = ["BLOCK", "counted", "entering", "leave", "run_as_is", "tell", "tracing"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+# By this attribute the function modes of blocks are known among others.
+BLOCK = "_stabilises"
 
 
 def run_as_is(function: F) -> F:
@@ -37,18 +41,6 @@ def tell(what: Callable[[Any], None]) -> None:
     from torch._dynamo.comptime import comptime  # not earlier: that import takes a second
 
     comptime(what)
-
-
-class Settings(NamedTuple):
-    """How a block stabilises.
-
-    Attributes:
-        drop: whether small epsilons inside logarithms are dropped.
-        repair: whether bounds that libraries put on probabilities are dropped.
-    """
-
-    drop: bool
-    repair: bool = False
 
 
 def _telling(note: Callable[[Any, Settings], None], settings: Settings) -> Callable[[Any], None]:
@@ -106,10 +98,8 @@ def leave(context: Any) -> None:
 
 def _has_others(state: Any) -> bool:
     """Whether function modes other than those of blocks are active at this point of the trace."""
-    from nanguard.stabilizer.mode import StabilizerMode
-
     kinds = [mode.python_type() for mode in state.mode_stack]
-    return any(kind is not StabilizerMode for kind in kinds)
+    return not all(hasattr(kind, BLOCK) for kind in kinds)
 
 
 def _translator(context: Any) -> Any:
@@ -187,9 +177,7 @@ def counted(compiled: Callable[..., Any], swaps: list[Swap], note: Callable[[Ite
 
 
 def _note_in_block(swaps: Iterable[Swap]) -> None:
-    from nanguard.stabilizer.context import active_modes
-
-    for mode in active_modes()[-1:]:
-        mode.is_renewed()
+    for block in active_blocks()[-1:]:
+        block.is_renewed()
         for swap in swaps:
-            mode.report.count(swap)
+            block.report.count(swap)
