@@ -48,7 +48,7 @@ class UnstableOpsWatch:
         """Reads the graph of a loss before it is freed by the backward pass."""
         if self._found or loss.grad_fn is None:
             return
-        from nanguard.stabilizer.watch import has_unstable_ops
+        from nanguard.stabilizer.unstable_ops import has_unstable_ops
 
         root = (type(loss.grad_fn), *[type(node) for node, _ in loss.grad_fn.next_functions])
         whole = self._seen < self._trial or self._seen % self._every == 0

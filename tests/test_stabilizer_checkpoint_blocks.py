@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from trainers import make_trainer, policy
 
 import nanguard
-from nanguard.stabilizer.watch import has_unstable_ops
+from nanguard.stabilizer.unstable_ops import has_unstable_ops
 
 
 class TestSeveralBlocks:

@@ -2,6 +2,6 @@
 
 from nanguard.stabilizer.compiled.backend import compile_backend
 from nanguard.stabilizer.context import stabilize
-from nanguard.stabilizer.watch import has_unstable_ops
+from nanguard.stabilizer.unstable_ops import has_unstable_ops
 
 __all__ = ["compile_backend", "has_unstable_ops", "stabilize"]
