@@ -91,3 +91,99 @@ class TestValuesAndGradients:
             loss = (-torch.softmax(x, 1).log()).sqrt().sum()
         loss.backward()
         assert x.grad.isfinite().all()
+
+
+def by_hand(x, dim):
+    e = torch.exp(x)
+    return e / e.sum(dim, keepdim=True)
+
+
+def shifted(x, dim):
+    e = torch.exp(x - x.amax(dim, keepdim=True).detach())
+    return e.div(e.sum(dim).unsqueeze(dim))
+
+
+class TestQuotients:
+    """A softmax by hand whose digits are all there: the derivative of what is picked from it is computed in one pass."""
+
+    @pytest.mark.parametrize("function", [by_hand, shifted])
+    @pytest.mark.parametrize("name", sorted(set(PICKS) - {"all", "transposed"}))
+    @pytest.mark.parametrize("dim", [0, 1])
+    def test_values_are_kept_and_gradients_are_exact(self, name, dim, function):
+        x = logits("mild").requires_grad_()
+        with nanguard.stabilize() as swaps:
+            value = PICKS[name](function(x, dim)).log()
+        assert torch.equal(value, PICKS[name](function(x, dim)).log())
+        weight = torch.randn(value.shape)
+        (gradient,) = torch.autograd.grad((value * weight).sum(), x)
+        z = x.detach().double().requires_grad_()
+        (slope,) = torch.autograd.grad((PICKS[name](z.log_softmax(dim)) * weight.double()).sum(), z)
+        torch.testing.assert_close(gradient.double(), slope, rtol=1e-5, atol=1e-6)
+        assert {swap.rule for swap in swaps} == {"NG102", "NG201"}
+
+    @pytest.mark.parametrize("function", [by_hand, shifted])
+    def test_extreme_numbers(self, function):
+        x = logits("extreme").requires_grad_()
+        with nanguard.stabilize():
+            value = PICKS["index"](function(x, 1)).log()
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+        z = x.detach().double().requires_grad_()
+        expected = PICKS["index"](z.log_softmax(1))
+        torch.testing.assert_close(value.double(), expected, rtol=4e-6, atol=4e-6)
+        torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected.sum(), z)[0], rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("leaf", [True, False])
+    def test_at_every_intermediate(self, leaf):
+        """Also beside other uses of the same probabilities, whose derivative takes the way that it always took."""
+        x = logits("mild").requires_grad_()
+        z = x if leaf else x * 1.0
+
+        def loss(p):
+            return PICKS["index"](p).log().sum() + (p * p).sum() + p[:, 1].sum()
+
+        with nanguard.stabilize():
+            e = torch.exp(z)
+            p = e / e.sum(1, keepdim=True)
+            value = loss(p)
+        again = torch.exp(z)
+        quotient = again / again.sum(1, keepdim=True)
+        expected = loss(quotient)
+        for one, other in ((z, z), (x, x), (p, quotient), (e, again)):
+            found = torch.autograd.grad(value, one, retain_graph=True)[0]
+            torch.testing.assert_close(found, torch.autograd.grad(expected, other, retain_graph=True)[0])
+
+    def test_twice(self):
+        x = logits("mild").double().requires_grad_()
+        with nanguard.stabilize():
+            value = PICKS["index"](by_hand(x, 1)).log().sum()
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        (slope,) = torch.autograd.grad(PICKS["index"](x.log_softmax(1)).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((gradient**3).sum(), x)
+        (expected,) = torch.autograd.grad((slope**3).sum(), x)
+        torch.testing.assert_close(second, expected, rtol=1e-6, atol=1e-9)
+
+    def test_edits_after_the_logarithm_do_what_they_do_unguarded(self):
+        """The quotient may be edited, as no derivative has saved it; the exponential may not."""
+        x = logits("mild").requires_grad_()
+        for edited, fails in ((1, False), (0, True)):
+            with nanguard.stabilize():
+                e = torch.exp(x)
+                p = e / e.sum(1, keepdim=True)
+                value = PICKS["index"](p).log().sum()
+            with torch.no_grad():
+                (e, p)[edited].mul_(2.0)
+            if fails:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    torch.autograd.grad(value, x)
+            else:
+                (gradient,) = torch.autograd.grad(value, x)
+                (expected,) = torch.autograd.grad(PICKS["index"](x.log_softmax(1)).sum(), x)
+                torch.testing.assert_close(gradient, expected)
+
+    def test_a_second_backward_pass_is_refused_as_ever(self):
+        x = logits("mild").requires_grad_()
+        with nanguard.stabilize():
+            value = PICKS["index"](by_hand(x, 1)).log().sum()
+        value.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            value.backward()

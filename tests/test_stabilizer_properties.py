@@ -56,15 +56,19 @@ STEPS = {
     "larger": lambda p: torch.maximum(p, p.flip(0)),
     "share of two": lambda p: p / (p + p.flip(0)),
     "mixed": lambda p: torch.lerp(p, p.flip(0), 0.3),
-    "transitions": lambda p: p @ MATRIX.to(p)[: p.shape[-1], : p.shape[-1]],
-    "contracted": lambda p: (
-        torch.einsum("...j,jk->...k", p, MATRIX.to(p)) if p.ndim < 2 else p.mm(MATRIX.to(p)[: p.shape[1]])
-    ),
+    "transitions": lambda p: p @ transitions(p),
+    "contracted": lambda p: torch.einsum("...j,jk->...k", p, transitions(p)) if p.ndim < 2 else p.mm(transitions(p)),
     "weighted": lambda p: (p * (1 + torch.arange(p.shape[-1])) / 4).sum(-1, keepdim=True).expand(p.shape),
     "scattered": lambda p: torch.zeros_like(p).scatter_add(0, torch.zeros_like(p, dtype=torch.long), p) + p,
     "chosen": lambda p: torch.where(torch.arange(p.shape[-1]) % 2 == 0, p, p.flip(-1)),
 }
 MATRIX = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.5, 0.3], [0.0, 0.1, 0.9]])
+
+
+def transitions(p):
+    """From each of the last dim to each, with some that are impossible; several blocks where rows were doubled."""
+    size = p.shape[-1]
+    return torch.block_diag(*[MATRIX] * -(-size // 3))[:size, :size].to(p)
 
 
 def compute(x, source, steps):

@@ -35,11 +35,23 @@ class Answer:
         fresh: whether its value is memory of its own that no derivative has saved.
         picking: what it picks from a softmax, where it does.
         watched: whether the advisor looks at its numbers.
-        may_stay: whether the value as written may be kept where it has all its digits.
+        as_written: whether it is what the code says, computed otherwise.
+        may_stay: whether the value as written costs no more, where it has all its digits.
         near_one: whether the logarithm of what is close to 1 has them.
     """
 
-    __slots__ = ("_program", "dtype", "fresh", "may_stay", "near_one", "outline", "picking", "rule", "watched")
+    __slots__ = (
+        "_program",
+        "as_written",
+        "dtype",
+        "fresh",
+        "may_stay",
+        "near_one",
+        "outline",
+        "picking",
+        "rule",
+        "watched",
+    )
 
     def __init__(self, rule: Rule, outline: Term, dtype: torch.dtype, inner: torch.dtype) -> None:
         self.rule = rule
@@ -48,6 +60,7 @@ class Answer:
         self.fresh = is_fresh(outline)
         self.picking: Picking | None = picking(outline)
         self.watched = False
+        self.as_written = False
         self.may_stay = is_small(outline)
         self.near_one = is_picked(outline)
         self._program: Program = program(outline, inner)

@@ -56,6 +56,7 @@ class _Step:
         length: int,
         root: bool,
         region: object,
+        versions: list[int],
     ) -> None:
         self.result = result
         self.version = version
@@ -65,7 +66,7 @@ class _Step:
         self.length = length
         self.root = root
         self.region = region
-        self.versions = [entry._version for entry in arguments if isinstance(entry, Tensor)]
+        self.versions = versions
 
     def holds(self) -> bool:
         """Whether nothing that it was computed from has been edited since."""
@@ -91,35 +92,48 @@ class Branches:
         """Forget everything."""
         self._steps.clear()
 
+    def concern(self, law: Law, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call may begin a branch, or have to do with one. Cheap, and no promise."""
+        steps = self._steps
+        if law.branch == "singular":
+            return True
+        if steps:
+            for entry in args:
+                if id(entry) in steps:
+                    return True
+            for entry in kwargs.values():
+                if id(entry) in steps:
+                    return True
+        return False
+
     def note(
-        self,
-        law: Law,
-        spelling: Spelling,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        result: Any,
+        self, law: Law, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> None:
         """Remember how a result was computed, where that is a function with infinite derivatives, or follows one."""
-        if not isinstance(result, Tensor) or not result.requires_grad or spelling.in_place or "out" in kwargs:
+        if not isinstance(result, Tensor) or "out" in kwargs or not result.requires_grad or not is_plain(result):
             return
         known, length, root = law.branch == "singular", 1, law.name in _ROOTS
-        steps, arguments = self._steps, list(args)
+        steps, versions = self._steps, []
+        arguments: list[Any] = list(args)
         for place, entry in enumerate(args):
-            if id(entry) in steps and (found := self._find(entry)) is not None:
+            if not isinstance(entry, Tensor):
+                continue
+            found = self._find(entry) if id(entry) in steps else None
+            if found is not None:
                 known, length, root = True, length + found.length, root or found.root
                 if found.function is not None and found.version == entry._version:
                     arguments[place] = found
-        if not known or length > LONGEST or not is_plain(result):
+                    continue
+            versions.append(entry._version)
+        if not known or length > LONGEST:
             return
-        key = id(result)
-        reference = weakref.ref(result, lambda dead: self._drop(key, dead))
+        again: Callable[..., Any] | None = function
         if type(result.grad_fn).__name__.startswith("_Graft"):
             # What has been made stable already is not computed anew, but what is multiplied by it is.
-            step = _Step(reference, result._version, None, (), {}, length, root, self.region)
-        else:
-            step = _Step(reference, result._version, function, arguments, kwargs, length, root, self.region)
-        self._steps[key] = step
+            again, arguments, kwargs, versions = None, [], {}, []
+        key = id(result)
+        reference = weakref.ref(result, lambda dead: self._drop(key, dead))
+        steps[key] = _Step(reference, result._version, again, arguments, kwargs, length, root, self.region, versions)
 
     def selected(self, law: Law, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The result of a selection with branches that are harmless where not taken; `None` where they are so already."""

@@ -60,41 +60,51 @@ class Look:
         """Write down one argument; `False` where there is more to it than its looks."""
         kind = type(value)
         if kind is Tensor or kind is Parameter:
-            return self._add_tensor(knowledge, value, parts, nested)
+            known = None if nested else knowledge.find(value)
+            if known is None:
+                return self._add_unknown(knowledge, value, parts)
+            if known.lesson is None or (knowledge.has_escapes and not knowledge.is_unescaped(value)):
+                return False
+            self.parents += (known,)
+            parts.append(known.lesson)
+            values, places = self.values, self._places
+            for tensor in (value, *known.values):
+                place = places.setdefault(id(tensor), len(values))
+                if place == len(values):
+                    values.append(tensor)
+                parts.append(place)
+            return True
         if kind in _WORDS:
             parts += (kind, value)
             return True
         if kind is float:
             parts += (kind, value)
             return bool(value)  # there are two zeros
-        if kind in _LISTS:
-            if len(value) > _LONGEST:
-                return False
-            parts += (kind, len(value))
-            nested = not all(isinstance(entry, Tensor) for entry in value)
-            return all(self.add(knowledge, entry, parts, nested) for entry in value)
-        if kind is slice:
-            parts.append(kind)
-            return all(self.add(knowledge, bound, parts, True) for bound in (value.start, value.stop, value.step))
-        return False
+        return self._add_entries(knowledge, value, parts)
 
-    def _add_tensor(self, knowledge: Knowledge, tensor: Tensor, parts: list[Any], nested: bool) -> bool:
+    def _add_unknown(self, knowledge: Knowledge, tensor: Tensor, parts: list[Any]) -> bool:
         if knowledge.has_escapes and not knowledge.is_unescaped(tensor):
             return False
-        known = None if nested else knowledge.find(tensor)
-        if known is not None:
-            if known.lesson is None:
-                return False
-            self.parents += (known,)
-            parts += (known.lesson, self.place(tensor))
-            parts += [self.place(value) for value in known.values]
-            return True
         shape, tracked = tensor.shape, tensor.requires_grad
         # A number is what it is, and NumPy may write unseen into what it shares.
         if not ((shape or tracked) and is_plain(tensor) and owns_memory(tensor)):
             return False
         parts += (Tensor, self.place(tensor), shape, tensor.dtype, tracked, tensor.device)
         return True
+
+    def _add_entries(self, knowledge: Knowledge, value: Any, parts: list[Any]) -> bool:
+        kind = type(value)
+        if kind in _LISTS:
+            if len(value) > _LONGEST:
+                return False
+            parts += (kind, len(value))
+            nested = not all(isinstance(entry, Tensor) for entry in value)
+        elif kind is slice:
+            parts.append(kind)
+            value, nested = (value.start, value.stop, value.step), True
+        else:
+            return False
+        return all(self.add(knowledge, entry, parts, nested) for entry in value)
 
 
 def look_at(knowledge: Knowledge, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Look | None:

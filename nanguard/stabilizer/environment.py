@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["in_transform", "is_tracing", "result_dtype"]
+__all__ = ["in_transform", "is_surrounded", "is_tracing", "result_dtype"]
+
+# Asked in every call that anything is known about.
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_differentiates_forward = torch._C._is_fwd_grad_enabled
+_transform = torch._C._functorch.peek_interpreter_stack
+_forward = torch.autograd.forward_ad
+
+
+def is_surrounded() -> bool:
+    """Whether there is a tracer, a transform or a dispatch mode."""
+    return (
+        _tracing_state() is not None
+        or _dispatch_modes() > 0
+        or _forward._current_level >= 0
+        or _transform() is not None
+    )
 
 
 def is_tracing() -> bool:
     """Whether the call is being written down by `torch.jit.trace` or `make_fx`, rather than computed."""
-    if torch._C._get_tracing_state() is not None:
+    if _tracing_state() is not None:
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 and _proxies()
+    return _dispatch_modes() > 0 and _proxies()
 
 
 def in_transform() -> bool:
@@ -19,9 +36,9 @@ def in_transform() -> bool:
 
     What `requires_grad` says about a tensor there does not tell whether derivatives flow through it.
     """
-    level: int = torch.autograd.forward_ad._current_level
-    differentiating = level >= 0 and torch._C._is_fwd_grad_enabled()
-    return differentiating or torch._C._functorch.peek_interpreter_stack() is not None
+    if _forward._current_level >= 0 and _differentiates_forward():
+        return True
+    return _transform() is not None
 
 
 def result_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

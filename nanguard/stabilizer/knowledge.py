@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanguard.algebra import Term
+from nanguard.stabilizer.basis import Basis
 from nanguard.stabilizer.outline import filled
 from nanguard.stabilizer.region import Region
 
@@ -21,7 +22,9 @@ LARGEST_TERM = 256
 LONGEST_HISTORY = 256
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_STRIDED = torch.strided
+_dispatch_keys = torch._C._dispatch_keys
+# By the dispatch keys of a tensor, which say all that makes one of no subclass plain or not.
+_ARE_PLAIN: dict[int, bool] = {}
 
 
 @final
@@ -38,9 +41,10 @@ class Known:
         lesson: what it was learnt by, and will be again from calls that look the same; `None` where that cannot be said.
 
     Attributes:
+        node: which derivative the tensor has.
         pinned: whether somebody watches derivatives at this tensor (a hook, `retain_grad`), which a swap would bypass.
         region: the checkpointed region that it was learnt in.
-        basis: the derivative's node of a large softmax, which has saved it.
+        basis: what a large softmax can be had from later.
         exact: whether the tensor has all its digits.
     """
 
@@ -83,10 +87,11 @@ class Known:
         self.pinned = False
         self.exact = False
         self.region: Region | None = None
-        self.basis: Any = None
+        self.basis: Basis | None = None
         self.version = value._version
         self.requires_grad = value.requires_grad
-        self.node = _node_of(value)
+        node = value.grad_fn
+        self.node = None if node is None else node._sequence_nr()
         depth = 0
         for parent in parents:
             depth = max(depth, parent.depth)
@@ -124,11 +129,19 @@ class Known:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether neither the tensor nor anything that the term depends on has changed since."""
-        if tensor._version != self.version or tensor.requires_grad != self.requires_grad:
+        if tensor._version != self.version:
             return False
-        if _node_of(tensor) != self.node:  # a custom function has handed on a view, with a derivative of its own
-            return False
-        return all(value._version == version for value, version in zip(self.values, self.versions, strict=True))
+        node = tensor.grad_fn
+        if node is None:
+            if self.node is not None or tensor.requires_grad != self.requires_grad:
+                return False
+        elif node._sequence_nr() != self.node:
+            return False  # a custom function has handed on a view, with a derivative of its own
+        # A loop, as this is asked about every argument of every call.
+        for value, version in zip(self.values, self.versions):  # noqa: B905, SIM110
+            if value._version != version:
+                return False
+        return True
 
 
 @final
@@ -138,21 +151,18 @@ class Knowledge:
 
     Attributes:
         region: the checkpointed region that the code is in. What was learnt outside of it is not found.
+        has_escapes: whether any memory can be edited unseen, or ever could.
     """
 
     def __init__(self) -> None:
         self._known: dict[int, Known] = {}
         self._escaped: dict[int, StorageWeakRef] = {}
+        self.has_escapes = False
         self._pins = False
         self.region: Region | None = None
 
     def __len__(self) -> int:
         return len(self._known)
-
-    @property
-    def has_escapes(self) -> bool:
-        """Whether any memory can be edited unseen, or ever could."""
-        return bool(self._escaped)
 
     def might_know(self, args: tuple[Any, ...]) -> bool:
         """Whether any of these arguments, or of the entries of a list among them, was ever recorded. Cheap, and no promise."""
@@ -165,15 +175,14 @@ class Knowledge:
 
     def find(self, tensor: Tensor) -> Known | None:
         """What is known about a tensor, and still true."""
-        key = id(tensor)
-        if key not in self._known:
+        known = self._known.get(id(tensor))
+        if known is None or known.tensor() is not tensor:
             return None
-        known = self._known[key]
-        if known.tensor() is not tensor or (self.region is not None and not self.region.holds(known.region)):
+        if self.region is not None and not self.region.holds(known.region):
             return None
         if known.holds(tensor):
             return known
-        del self._known[key]
+        del self._known[id(tensor)]
         return None
 
     def record(
@@ -184,7 +193,7 @@ class Knowledge:
         versions: Sequence[int],
         parents: tuple[Known, ...],
         lesson: object = None,
-        basis: Any = None,
+        basis: Basis | None = None,
         exact: bool = False,
     ) -> None:
         """Note the logarithm of a tensor. The arguments are those of `Known`."""
@@ -211,6 +220,7 @@ class Knowledge:
         storage = storage_key(tensor) if isinstance(tensor, Tensor) else None
         if storage is not None:
             self._escaped[storage] = StorageWeakRef(tensor.untyped_storage())
+            self.has_escapes = True
             self._forget(storage)
 
     def is_trusted(self, tensor: Tensor) -> bool:
@@ -239,6 +249,7 @@ class Knowledge:
         """Forget everything."""
         self._known.clear()
         self._escaped.clear()
+        self.has_escapes = False
 
     def _forget(self, storage: int) -> None:
         for key in [key for key, known in self._known.items() if storage in known.storages]:
@@ -250,15 +261,19 @@ class Knowledge:
             del self._known[key]
 
 
-def _node_of(tensor: Tensor) -> int | None:
-    """Which derivative a tensor has."""
-    node = tensor.grad_fn
-    return None if node is None else node._sequence_nr()
-
-
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is an ordinary dense tensor, of no subclass, that counts its versions."""
-    if type(tensor) not in _PLAIN or tensor.layout is not _STRIDED:
+    if type(tensor) not in _PLAIN:
+        return False
+    keys = _dispatch_keys(tensor).raw_repr()
+    plain = _ARE_PLAIN.get(keys)
+    if plain is None:
+        plain = _ARE_PLAIN[keys] = _is_plain(tensor)
+    return plain
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided:
         return False
     return not (tensor.is_inference() or tensor.is_neg() or tensor.is_meta or tensor.is_nested)
 

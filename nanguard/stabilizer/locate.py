@@ -6,7 +6,7 @@ import inspect
 import itertools
 import linecache
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from types import CodeType, FrameType
 from typing import Any, final
 
@@ -22,8 +22,11 @@ __all__ = ["FrameNames", "Placeholders", "expression", "free_name", "named_calle
 def user_frame() -> FrameType:
     """The deepest frame outside torch, Lightning, torchmetrics and nanguard itself (the outermost one, if there is none)."""
     frame = sys._getframe(1)
-    while not is_user_file(frame.f_code.co_filename) and frame.f_back is not None:
-        frame = frame.f_back
+    while not is_user_file(frame.f_code.co_filename):
+        outer = frame.f_back
+        if outer is None:
+            return frame
+        frame = outer
     return frame
 
 
@@ -167,16 +170,15 @@ def _written_as(value: Tensor) -> str | None:
     return f"{factor.item()} * {{0}}" if kind == "MulBackward0" else f"{{0}} / {factor.item()}"
 
 
-def named_callers(frame: FrameType) -> Iterator[FrameType]:
+def named_callers(frame: FrameType) -> list[FrameType]:
     """The frames whose names are used. Never beyond the second caller: names would stand for something else there."""
-    return itertools.islice(_callers(frame), 3)
-
-
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        if is_user_file(frame.f_code.co_filename):
-            yield frame
-        frame = frame.f_back
+    found: list[FrameType] = []
+    outer: FrameType | None = frame
+    while outer is not None and len(found) < 3:
+        if is_user_file(outer.f_code.co_filename):
+            found.append(outer)
+        outer = outer.f_back
+    return found
 
 
 def _local_tensors(frame: FrameType) -> list[tuple[str, Tensor]]:

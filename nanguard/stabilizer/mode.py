@@ -28,12 +28,10 @@ from nanguard.stabilizer.student import Computation, Student
 
 __all__ = ["StabilizerMode"]
 
-
-def _warned(kwargs: dict[str, Any], frames: int) -> dict[str, Any]:
-    """The same arguments, except that a warning about an implicit dim looks as many frames further up as lie between."""
-    if "_stacklevel" in kwargs and kwargs.get("dim") is None:
-        return {**kwargs, "_stacklevel": kwargs["_stacklevel"] + frames}
-    return kwargs
+# What this front end computes itself is nobody's call.
+_without_modes = torch._C.DisableTorchFunction
+# Between a function of torch that calls this mode and the same function called by it.
+_FRAMES = 3
 
 
 @final
@@ -81,18 +79,28 @@ class StabilizerMode(TorchFunctionMode):
         meaning = MEANINGS.get(func)
         if meaning is None:
             meaning = meaning_of(func)
-        if meaning is PASS:
-            if not kwargs:
+        if not kwargs:
+            if meaning is PASS:
                 return func(*args)
+            kwargs = {}
+        elif "_stacklevel" in kwargs and kwargs.get("dim") is None:
+            # Nothing is known of an implicit dim, of which torch warns at the line that is as many frames further up.
+            return func(*args, **{**kwargs, "_stacklevel": kwargs["_stacklevel"] + _FRAMES})
+        elif meaning is PASS:
             if "out" in kwargs or "inplace" in kwargs:
                 self._edited(kwargs.get("out", args[:1]))
-            return func(*args, **_warned(kwargs, 3))
-        kwargs = _warned(kwargs, 5) if kwargs else {}
+            return func(*args, **kwargs)
         if type(meaning) is tuple:
             law, spelling = meaning
-            if law.branch and (law.branch == "singular" or len(self._branches)) and not spelling.in_place:
-                return self._branching(law, spelling, func, args, kwargs)
-            return self._lawful(law, spelling, func, args, kwargs)
+            known = self._concerns(law, args, kwargs)
+            branch = law.branch != "" and self._branches.concern(law, args, kwargs)
+            if not (known or branch):
+                return self._as_written(spelling, func, args, kwargs)
+            if spelling.edits or "out" in kwargs or not args or not self._stay.is_ordinary():
+                return self._lawful(law, spelling, known, branch, func, args, kwargs)
+            if branch:
+                return self._branching(law, spelling, known, func, args, kwargs)
+            return self._ordinary(law, spelling, func, args, kwargs)
         subject = args[0] if args else None
         if meaning is EDIT:
             self._edited(subject)
@@ -112,51 +120,74 @@ class StabilizerMode(TorchFunctionMode):
             for entry in entries(subject):
                 self._knowledge.edited(entry)
 
-    def _branching(
+    def _lawful(
+        self,
+        law: Law,
+        spelling: Spelling,
+        known: bool,
+        branch: bool,
+        func: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call that something may be known of, or that may be or select a branch, whatever surrounds it."""
+        if environment.is_tracing() or not self._stay.look():
+            return self._as_written(spelling, func, args, kwargs)
+        if branch and not spelling.in_place and torch.is_grad_enabled() and not environment.in_transform():
+            return self._branching(law, spelling, known, func, args, kwargs)
+        if known:
+            return self._concerned(law, spelling, func, args, kwargs)
+        return self._as_written(spelling, func, args, kwargs)
+
+    def _ordinary(
         self, law: Law, spelling: Spelling, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A call that may be, or select, a branch."""
+        """A call that something may be known of, with nothing around it: the short way."""
+        look = None if law.role == "misuse" else look_at(self._knowledge, func, args, kwargs)
+        if look is None:
+            return self._concerned(law, spelling, func, args, kwargs)
+        if law.role == "query":
+            answer = self._queries.answer_again(law, look, partial(func, *args, **kwargs))
+            if answer is UNSEEN:
+                return self._concerned(law, spelling, func, args, kwargs)
+            return func(*args, **kwargs) if answer is None else answer
+        return self._student.learn_again(law, spelling, look, args, kwargs, func(*args, **kwargs))
+
+    def _branching(
+        self, law: Law, spelling: Spelling, known: bool, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call that may be, or select, a branch; `known` says whether anything may be known of its arguments."""
         branches = self._branches
-        if (
-            not torch.is_grad_enabled()
-            or environment.is_tracing()
-            or environment.in_transform()
-            or not self._stay.look()
-        ):
-            return self._lawful(law, spelling, func, args, kwargs)
         branches.region = self._knowledge.region
-        act = self._concerned if self._concerns(law, args, kwargs) else self._as_written
+        chosen = None
+        if law.branch == "selects" and self._stay.admits():
+            chosen = branches.selected(law, spelling, args, kwargs)
+        if not known:
+            result = self._as_written(spelling, func, args, kwargs)
+        elif spelling.edits or "out" in kwargs or not args or not self._stay.is_ordinary():
+            result = self._concerned(law, spelling, func, args, kwargs)
+        else:
+            result = self._ordinary(law, spelling, func, args, kwargs)
         if law.branch != "selects":
-            result = act(law, spelling, func, args, kwargs)
-            branches.note(law, spelling, func, args, kwargs, result)
-            return result
-        chosen = branches.selected(law, spelling, args, kwargs) if self._stay.admits() else None
-        result = act(law, spelling, func, args, kwargs)
+            branches.note(law, func, args, kwargs, result)
         if chosen is None:
             return result
-        known = self._knowledge.find(result)
-        if known is not None:
-            self._knowledge.record(chosen, known.outline, known.values, known.versions, known.parents, known.lesson)
+        learnt = self._knowledge.find(result)
+        if learnt is not None:
+            self._knowledge.record(
+                chosen, learnt.outline, learnt.values, learnt.versions, learnt.parents, learnt.lesson
+            )
         self.report.add(lookup("NG401"), lambda: Leaf(chosen, tuple(chosen.shape)))
         return chosen
 
-    def _lawful(
-        self, law: Law, spelling: Spelling, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if self._concerns(law, args, kwargs) and not environment.is_tracing() and self._stay.look():
-            return self._concerned(law, spelling, func, args, kwargs)
-        return self._as_written(law, spelling, func, args, kwargs)
-
     def _concerns(self, law: Law, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether anything is, or may be, known of what a law is asked about. Cheap, as most calls of a network are none."""
-        known = self._knowledge.might_know
-        if known(args) or (law.role == "source" and law.begins(args)):
+        if law.role == "source" and law.begins(args):
             return True
-        return bool(kwargs) and known(tuple(kwargs.values()))
+        known = self._knowledge.might_know
+        return known(args) or (bool(kwargs) and known(tuple(kwargs.values())))
 
-    def _as_written(
-        self, law: Law, spelling: Spelling, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _as_written(self, spelling: Spelling, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs or spelling.edits:
             self._before_edit(spelling, args, kwargs)
         return func(*args, **kwargs)
@@ -164,30 +195,25 @@ class StabilizerMode(TorchFunctionMode):
     def _concerned(
         self, law: Law, spelling: Spelling, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        with _without_modes():
+            look = self._look(spelling, func, args, kwargs) if law.role != "misuse" else None
+            if law.role == "query" or law.role == "misuse":
+                answer = self._answer(law, spelling, look, partial(func, *args, **kwargs))
+                if answer is not None:
+                    return answer
         if law.role == "query" or law.role == "misuse":
-            return self._asked(law, spelling, func, args, kwargs)
-        with torch._C.DisableTorchFunction():
-            look = self._look(spelling, func, args, kwargs)
+            return self._as_written(spelling, func, args, kwargs)
         if look is None:
             return self._computed(law, spelling, func, args, kwargs)
         result = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
+        with _without_modes():
             return self._student.learn_again(law, spelling, look, args, kwargs, result)
 
-    def _asked(
-        self, law: Law, spelling: Spelling, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        call = partial(func, *args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            look = self._look(spelling, func, args, kwargs) if law.role == "query" else None
-            answer = UNSEEN if look is None else self._queries.answer_again(law, look, call)
-            if answer is UNSEEN:
-                answer = self._answer(law, spelling, look, call)
-        if answer is not None:
-            return answer
-        return self._as_written(law, spelling, func, args, kwargs)
-
     def _answer(self, law: Law, spelling: Spelling, look: Look | None, call: partial[Any]) -> Tensor | None:
+        if look is not None:
+            answer = self._queries.answer_again(law, look, call)
+            if answer is not UNSEEN:
+                return answer  # type: ignore[no-any-return]
         bound = spelling.bind(call.args, call.keywords)
         if bound is None:
             return None
@@ -199,14 +225,14 @@ class StabilizerMode(TorchFunctionMode):
     def _computed(
         self, law: Law, spelling: Spelling, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        with torch._C.DisableTorchFunction():
+        with _without_modes():
             bound = spelling.bind(args, kwargs)
             reading = None
             if bound is not None:
                 reading = Reading(self._knowledge, bound, spelling.in_place and law.role == "source")
         self._before_edit(spelling, args, kwargs)
         result = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
+        with _without_modes():
             if bound is None or reading is None or not reading.sound:
                 return result
             if result is None:  # an assignment: its result is what was edited

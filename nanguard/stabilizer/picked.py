@@ -5,7 +5,8 @@ digits. That costs no second softmax, forward or backward:
 
     d log p_k / dx = e_k - p
 
-Where the picked probabilities themselves have all their digits, their logarithms are as good, and cost next to nothing.
+Where the picked probabilities themselves have all their digits, their logarithms are as good, and cost next to nothing
+(`Picking.exactly`).
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from torch import Tensor
 
 from nanguard.algebra import Apply, Leaf, Term
 from nanguard.algebra import operators as ops
-from nanguard.stabilizer.accuracy import keeps_digits
+from nanguard.stabilizer.basis import Basis
 from nanguard.stabilizer.knowledge import Known
 from nanguard.stabilizer.outline import filled_value
 from nanguard.stabilizer.resolve import function
 
-__all__ = ["LARGE", "Picking", "basis_for", "has_basis", "picking"]
+__all__ = ["LARGE", "Picking", "has_basis", "picking"]
 
 # Of fewer elements, a second softmax costs less than looking for a way around it.
 LARGE = 1 << 16
-_DTYPES = (torch.float32, torch.float64)
+
+_will_execute = torch._C._will_engine_execute_node
 
 
 def has_basis(term: Term) -> bool:
@@ -36,21 +38,6 @@ def has_basis(term: Term) -> bool:
     if not isinstance(term, Apply) or term.operator is not ops.LOG_SOFTMAX or math.prod(term.shape) < LARGE:
         return False
     return isinstance(term.args[0], Leaf) and term.args[0].tracked
-
-
-def basis_for(softmax: Tensor, dtype: torch.dtype) -> Any:
-    """What to keep of a softmax for that: the node of its derivative, which has saved it.
-
-    A reference to the tensor itself, or to a view of it, would keep it alive, and all that is known about it.
-
-    Arguments:
-        softmax: it.
-        dtype: what it was computed from.
-    """
-    if softmax.dtype != dtype or dtype not in _DTYPES or torch._C._len_torch_dispatch_stack():
-        return None
-    node = softmax.grad_fn
-    return node if hasattr(node, "_saved_result") else None
 
 
 @final
@@ -70,40 +57,48 @@ class Picking:
         self._dim = dim
         self._moves = moves
 
-    def picked(
-        self, values: Sequence[Tensor], parents: tuple[Known, ...], dtype: torch.dtype, p: Tensor
-    ) -> Tensor | None:
-        """The value from these tensors, where the softmax was kept; else `None`.
+    def picked(self, values: Sequence[Tensor], parents: tuple[Known, ...], dtype: torch.dtype) -> Tensor | None:
+        """The value from these tensors, where the softmax is there; else `None`.
 
         Arguments:
             values: what the outline's numbers stand for.
             parents: what is known of what was asked about.
             dtype: of the value.
-            p: the picked probabilities, as the user's code computed them.
         """
         x = values[self._logits]
-        node = self._kept(x, parents)
-        if node is None or not torch.is_grad_enabled():
+        basis = self._found(x, parents)
+        if basis is None or x.dtype != dtype or not torch.is_grad_enabled() or not basis.is_there(x):
             return None
-        try:
-            softmax: Tensor = node._saved_result.detach()
-        except RuntimeError:  # it was edited, or a backward pass has let go of it
-            return None
-        if softmax.dtype != dtype:
-            return None
-
-        def chosen(tensor: Tensor) -> Tensor:
-            for move in reversed(self._moves):
-                params = {name: filled_value(value, values) for name, value in move.params.items()}
-                tensor = function(move.operator.function)(tensor, **params)
-            return tensor
-
-        exact = len(parents) == 1 and parents[0].exact and keeps_digits(p)
-        gradient = _Gradient(node, self._dim, self._moves, values, chosen)
-        result: Tensor = _Picked.apply(x, softmax, gradient, p.detach() if exact else None)  # type: ignore[no-untyped-call]
+        largest = basis.amax(self._dim)
+        result: Tensor = _Picked.apply(x, largest, self._gradient(basis, x, values))  # type: ignore[no-untyped-call]
         return result
 
-    def _kept(self, x: Tensor, parents: tuple[Known, ...]) -> Any:
+    def exactly(self, values: Sequence[Tensor], known: Known, naive: Tensor, small: bool) -> Tensor | None:
+        """The same where the picked probabilities have all their digits, as a function of them; else `None`.
+
+        Derivatives flow through the logits, and through the probabilities only where somebody asks for the derivative there.
+
+        Arguments:
+            values: what the outline's numbers stand for.
+            known: what is known of the picked probabilities.
+            naive: these.
+            small: whether the derivative of `softmax` itself costs no more, as that of a quotient does.
+        """
+        x = values[self._logits]
+        basis = self._found(x, (known,))
+        if basis is None or (small and not basis.divides):
+            return None
+        if x.dtype != naive.dtype or not torch.is_grad_enabled() or not basis.is_there(x):
+            return None
+        # The engine cannot be asked about a leaf.
+        logits = x.view_as(x) if x.grad_fn is None else x
+        result: Tensor = _Exact.apply(naive, logits, self._gradient(basis, x, values))  # type: ignore[no-untyped-call]
+        return result
+
+    def _gradient(self, basis: Basis, x: Tensor, values: Sequence[Tensor]) -> _Gradient:
+        return _Gradient(basis, x.shape, self._dim, self._moves, values)
+
+    def _found(self, x: Tensor, parents: tuple[Known, ...]) -> Basis | None:
         stack, seen = list(parents), set()
         while stack:
             known = stack.pop()
@@ -144,46 +139,44 @@ class _Gradient:
     The softmax is no input of the node that it stands in: a derivative asked for at the softmax has to take the other way.
     """
 
-    __slots__ = ("_moves", "_node", "_values", "chosen", "dim")
+    __slots__ = ("_basis", "_moves", "_shape", "_values", "dim")
 
-    def __init__(
-        self,
-        node: Any,
-        dim: int,
-        moves: list[Apply],
-        values: Sequence[Tensor],
-        chosen: Callable[[Tensor], Tensor],
-    ) -> None:
-        self._node = node
+    def __init__(self, basis: Basis, shape: torch.Size, dim: int, moves: list[Apply], values: Sequence[Tensor]) -> None:
+        self._basis = basis
+        self._shape = shape
         self.dim = dim
-        self.chosen = chosen
         self._moves = moves
         self._values = values
 
-    def at(self, softmax: Tensor, grad: Tensor) -> Tensor:
+    def chosen(self, tensor: Tensor) -> Tensor:
+        """The elements that were picked, of any tensor of the same shape."""
+        for move in reversed(self._moves):
+            params = {name: filled_value(value, self._values) for name, value in move.params.items()}
+            tensor = function(move.operator.function)(tensor, **params)
+        return tensor
+
+    def at(self, grad: Tensor) -> Tensor:
         """The gradient of the logits, in one pass where it is known which elements were picked."""
-        dim = self.dim
-        found = None if torch.is_grad_enabled() else self._picks(softmax, grad)
+        again = torch.is_grad_enabled()
+        found = None if again else self._picks(grad)
         if found is not None:
             total, add = found
-            return add(softmax * total.neg())
-        spread = self._spread(softmax, grad) if self._moves else grad
-        total = spread.sum(dim, keepdim=True)
-        if torch.is_grad_enabled():
-            softmax = self._node._saved_result  # as part of its graph
-            return spread - softmax * total
-        return torch.addcmul(spread, softmax, total, value=-1)
+            return add(self._basis.times(total.neg_()))
+        spread = self._spread(grad) if self._moves else grad
+        total = spread.sum(self.dim, keepdim=True)
+        softmax = self._basis.softmax()
+        return spread - softmax * total if again else torch.addcmul(spread, softmax, total, value=-1)
 
-    def _spread(self, softmax: Tensor, grad: Tensor) -> Tensor:
+    def _spread(self, grad: Tensor) -> Tensor:
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            probe = softmax.new_zeros(()).requires_grad_().expand(softmax.shape)
+            probe = grad.new_zeros(()).requires_grad_().expand(self._shape)
             (spread,) = torch.autograd.grad(self.chosen(probe), probe, grad, create_graph=again)
         return spread
 
-    def _picks(self, softmax: Tensor, grad: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    def _picks(self, grad: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
         """The sum of the gradient in each row, and what adds it to the elements that were picked."""
-        moves = self._moves
+        moves, shape = self._moves, self._shape
         if len(moves) == 2 and moves[0].operator is ops.RESHAPE:
             moves, grad = moves[1:], grad.reshape(moves[1].shape)
         if len(moves) != 1:
@@ -191,20 +184,19 @@ class _Gradient:
         params = {name: filled_value(value, self._values) for name, value in moves[0].params.items()}
         if moves[0].operator is ops.GATHER and params["dim"] == self.dim:
             index, dim = params["index"], self.dim
-            whole = (*softmax.shape[:dim], index.shape[dim], *softmax.shape[dim + 1 :])
-            if index.shape != whole:
+            if index.shape != (*shape[:dim], index.shape[dim], *shape[dim + 1 :]):
                 return None
             return grad.sum(dim, keepdim=True), lambda tensor: tensor.scatter_add_(dim, index, grad)
         key: Any = params.get("key")
-        if moves[0].operator is not ops.INDEX or not _is_pair_of_indices(key, softmax):
+        if moves[0].operator is not ops.INDEX or len(shape) != 2 or not _is_pair_of_indices(key):
             return None
         rows = key[1 - self.dim]
-        total = grad.new_zeros(softmax.shape[1 - self.dim]).index_put_((rows,), grad, accumulate=True)
+        total = grad.new_zeros(shape[1 - self.dim]).index_put_((rows,), grad, accumulate=True)
         return total.unsqueeze(self.dim), lambda tensor: tensor.index_put_(key, grad, accumulate=True)
 
 
-def _is_pair_of_indices(key: Any, softmax: Tensor) -> bool:
-    if type(key) is not tuple or len(key) != 2 or softmax.ndim != 2:
+def _is_pair_of_indices(key: Any) -> bool:
+    if type(key) is not tuple or len(key) != 2:
         return False
     return all(isinstance(entry, Tensor) and entry.dtype == torch.int64 and entry.ndim == 1 for entry in key)
 
@@ -212,17 +204,35 @@ def _is_pair_of_indices(key: Any, softmax: Tensor) -> bool:
 @final
 class _Picked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, softmax: Tensor, gradient: _Gradient, p: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, largest: Tensor, gradient: _Gradient) -> Tensor:
         ctx.gradient = gradient
-        ctx.save_for_backward(softmax)
-        if p is not None:
-            return p.log()
         chosen, dim = gradient.chosen, gradient.dim
         # In this order: the maximum may be far larger than what the others differ by.
         above = chosen(x) - chosen(x.amax(dim, keepdim=True).expand_as(x))
-        return above.add_(chosen(softmax.amax(dim, keepdim=True).log_().expand_as(x)))
+        return above.add_(chosen(largest.log_().expand_as(x)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (softmax,) = ctx.saved_tensors
-        return ctx.gradient.at(softmax, grad), None, None, None
+        return ctx.gradient.at(grad), None, None
+
+
+@final
+class _Exact(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, naive: Tensor, x: Tensor, gradient: _Gradient) -> Tensor:
+        ctx.gradient = gradient
+        ctx.save_for_backward(naive)
+        # What nobody asks about stays undefined: as zeros it would be multiplied by infinities further down.
+        ctx.set_materialize_grads(False)
+        return naive.log()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return None, None, None
+        # As in a graft: is this backward pass after a derivative at the logits, or beyond?
+        if _will_execute(ctx.next_functions[1][0]):
+            return None, ctx.gradient.at(grad), None
+        (naive,) = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            return grad / naive, None, None

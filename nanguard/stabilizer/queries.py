@@ -124,8 +124,7 @@ class Queries:
         dtype = naive.dtype if in_place else environment.result_dtype(naive.device, naive.dtype)
         answer, values = answer_by(rule, term, dtype)
         answer.watched = floored is not None or self._advisor.watches(law, term)
-        kept = law.name in _LOGARITHMS and term == written and dtype == naive.dtype and not answer.watched
-        answer.may_stay = answer.may_stay and kept
+        answer.as_written = law.name in _LOGARITHMS and term == written and dtype == naive.dtype and not answer.watched
         picks = None if look is None else look.places(values)
         if look is not None and picks is not None:
             _REPLIES.put(key, Reply(answer, picks, look.place(naive)))
@@ -137,17 +136,18 @@ class Queries:
 
     def _answered(self, query: _Query, answer: Answer, values: Sequence[Tensor]) -> Tensor | None:
         naive, parents = query.subject, query.parents
-        exact = answer.may_stay and len(parents) == 1 and parents[0].exact
+        exact = answer.as_written and len(parents) == 1 and parents[0].exact
         if exact and self._stay.may_keep(parents) and keeps_digits(naive, answer.near_one):
             # As good as the stable value. It is told all the same, as other numbers change that.
-            self._report.add(answer.rule, answer.written(values), answer)
-            kept: Tensor = query.call()
-            return kept
+            kept = self._kept(query, answer, values)
+            if kept is not None:
+                self._report.add(answer.rule, answer.written(values), answer)
+                return kept
         if not self._stay.may_swap(parents):
             return None
         stable, fresh = None, True
         if answer.picking is not None and not environment.in_transform():
-            stable = answer.picking.picked(values, parents, answer.dtype, naive)
+            stable = answer.picking.picked(values, parents, answer.dtype)
         if stable is None:
             stable, fresh = answer.computed(values, naive), answer.fresh
         if stable is None:
@@ -155,6 +155,15 @@ class Queries:
         self._note(query, answer, values, stable)
         slope = _SLOPES.get(query.law.name) or _derivative(query.plain)
         return grafted(naive, stable, fresh, answer.dtype, slope, query.plain)
+
+    def _kept(self, query: _Query, answer: Answer, values: Sequence[Tensor]) -> Tensor | None:
+        """The value as written, with a derivative that costs less where that can be had; `None` where it may not stay."""
+        picked: Tensor | None = None
+        if answer.picking is not None and query.law.name == "log" and self._stay.may_swap(query.parents):
+            picked = answer.picking.exactly(values, query.parents[0], query.subject, answer.may_stay)
+        if picked is None and answer.may_stay:
+            picked = query.call()
+        return picked
 
     def _answered_in_place(self, query: _Query, answer: Answer, values: Sequence[Tensor]) -> Tensor | None:
         stable = answer.computed(values, query.subject)

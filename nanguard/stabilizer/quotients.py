@@ -83,7 +83,7 @@ class Quotients:
             in_place: whether the user's code computed it in place.
         """
         kept = Quotient(naive, naive, exact=False)
-        if divisor is not None and answer.may_stay and self._stay.may_keep(parents) and keeps_digits(divisor):
+        if divisor is not None and self._stay.may_keep(parents) and keeps_digits(divisor):
             self._report.add(answer.rule, answer.written(values), answer)
             return Quotient(naive, naive, exact=True)
         if (in_place and not may_be_overwritten(naive)) or not self._stay.may_swap(parents):

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from nanguard.stabilizer import checkpoints
 from nanguard.stabilizer.blocks import Block
-from nanguard.stabilizer.environment import in_transform
+from nanguard.stabilizer.environment import in_transform, is_surrounded
 from nanguard.stabilizer.knowledge import Knowledge, Known
 from nanguard.stabilizer.region import UNKNOWN, Region
 
@@ -31,6 +31,8 @@ __all__ = ["Recomputation", "Stay", "is_recomputing"]
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _task_id = torch._C._current_graph_task_id
+_records = torch.is_grad_enabled
+_function_modes = torch._C._len_torch_function_stack
 
 # The attribute by which torch's state of a region leads to its `Region`.
 _MARK = "_nanguard_region"
@@ -122,6 +124,16 @@ class Stay:
         """The mode is active no longer."""
         if self in self._run.stays:
             self._run.stays.remove(self)
+
+    def is_ordinary(self) -> bool:
+        """Whether nothing at all surrounds the code but the mode, so that none of the questions below need be asked.
+
+        Cheap, and blind to a reentrant region that turns gradients on; `admits` looks closer.
+        """
+        if self._run.again or not _records() or _top_hooks(True) is not None or _function_modes() or is_surrounded():
+            return False
+        self._knowledge.region = None
+        return True
 
     def look(self) -> bool:
         """Tell the mode's knowledge in which region the code is, and whether the mode may compute anything of its own there.

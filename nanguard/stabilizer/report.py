@@ -20,6 +20,7 @@ Entry = TypeVar("Entry", Swap, Advice)
 
 # Code objects of two files are equal where their lines are: the name of the file tells them apart.
 Place: TypeAlias = "tuple[CodeType, str, int, str]"
+Caller: TypeAlias = "tuple[CodeType, str, int]"
 
 
 @final
@@ -176,8 +177,11 @@ def _place(frame: FrameType, rule: Rule) -> Place:
 
 def _described(frame: FrameType, rule: Rule, term: Callable[[], Term], answer: object) -> tuple[int, str, str]:
     """Line and source of a place, and what to write instead, which depends on where the place was called from, too."""
-    callers = tuple([(caller.f_code, caller.f_code.co_filename, caller.f_lasti) for caller in named_callers(frame)])
-    key = (rule.code, answer, callers)
+    callers: list[Caller] = []
+    for caller in named_callers(frame):
+        code = caller.f_code
+        callers.append((code, code.co_filename, caller.f_lasti))
+    key = (rule.code, answer, *callers)
     found = _DESCRIBED.get(key) if answer is not None else None
     if found is None:
         if len(_DESCRIBED) >= _MOST_PLACES:

@@ -11,11 +11,12 @@ from nanguard.algebra import Law, Spelling, Term
 from nanguard.stabilizer.accuracy import Digits, digits_of, divisor_of
 from nanguard.stabilizer.advisor import Advisor
 from nanguard.stabilizer.answers import Answer
+from nanguard.stabilizer.basis import basis_for
 from nanguard.stabilizer.calls import Look
 from nanguard.stabilizer.knowledge import Knowledge, Known
 from nanguard.stabilizer.memo import UNSEEN, Lesson, Memo, Reply
 from nanguard.stabilizer.outline import outlined
-from nanguard.stabilizer.picked import basis_for, has_basis
+from nanguard.stabilizer.picked import has_basis
 from nanguard.stabilizer.quotients import Quotients
 from nanguard.stabilizer.reading import Reading
 
@@ -89,7 +90,7 @@ class Student:
             swapped = self._quotients.swap(reply.answer, reply.values(look), result, parents, divisor)
             result, softmax, exact = swapped
         values = [look.values[pick] for pick in lesson.picks]
-        basis = basis_for(softmax, values[0].dtype) if lesson.has_basis else None
+        basis = basis_for(softmax, values[0].dtype, exact) if lesson.has_basis else None
         versions = [value._version for value in values]
         self._knowledge.record(result, lesson.outline, values, versions, parents, lesson, basis, exact)
         return result
@@ -132,7 +133,7 @@ class Student:
         if answer is not None:
             swapped = self._quotients.swap(*answer, result, parents, divisor if exact else None, in_place)
             result, softmax, exact = swapped
-        basis = basis_for(softmax, values[0].dtype) if has_basis(outline) else None
+        basis = basis_for(softmax, values[0].dtype, exact) if has_basis(outline) else None
         self._knowledge.record(result, outline, values, versions, parents, lesson, basis, exact)
         return result
 
