@@ -18,8 +18,24 @@ __all__ = ["Note", "Report", "Swaps"]
 
 Entry = TypeVar("Entry", Swap, Advice)
 
-# Code objects of two files are equal where their lines are: the name of the file tells them apart.
-Place: TypeAlias = "tuple[CodeType, str, int, str]"
+
+@final
+class _Code:
+    """A code object by identity: equal ones may stand in two files, and those that dynamo writes may have no hash."""
+
+    __slots__ = ("_code",)
+
+    def __init__(self, code: CodeType) -> None:
+        self._code = code
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Code) and self._code is other._code
+
+    def __hash__(self) -> int:
+        return id(self._code)
+
+
+Place: TypeAlias = "tuple[_Code, int, str]"
 
 
 @final
@@ -171,12 +187,12 @@ _MOST_PLACES = 4096
 
 
 def _place(frame: FrameType, rule: Rule) -> Place:
-    return frame.f_code, frame.f_code.co_filename, frame.f_lasti, rule.code
+    return _Code(frame.f_code), frame.f_lasti, rule.code
 
 
 def _described(frame: FrameType, rule: Rule, term: Callable[[], Term], answer: object) -> tuple[int, str, str]:
     """Line and source of a place, and what to write instead, which depends on where the place was called from, too."""
-    callers = tuple([(caller.f_code, caller.f_code.co_filename, caller.f_lasti) for caller in named_callers(frame)])
+    callers = tuple([(_Code(caller.f_code), caller.f_lasti) for caller in named_callers(frame)])
     key = (rule.code, answer, callers)
     found = _DESCRIBED.get(key) if answer is not None else None
     if found is None:

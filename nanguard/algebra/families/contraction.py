@@ -84,6 +84,20 @@ def matmul(call: Call) -> Term:
     return _product(first, second, left, right, (rank - 2 if len(b) > 1 else rank - 1,))
 
 
+# p_i q_j
+@law(
+    """
+    torch.outer(input, vec2)
+    torch.ger(input, vec2)
+    torch.Tensor.outer(input, vec2)
+    torch.Tensor.ger(input, vec2)
+    """
+)
+def outer(call: Call) -> Term:
+    first, second = _Factor(call, call["input"]), _Factor(call, call["vec2"])
+    return _product(first, second, build.reshape(first.term, (*first.term.shape, 1)), second.term, ())
+
+
 # the same with the second factor transposed
 @law("torch.nn.functional.linear(input, weight, bias=None)")
 def linear(call: Call) -> Term:

@@ -93,13 +93,30 @@ def narrow(call: Call) -> Term:
     """
     torch.chunk(input, chunks, dim=0)
     torch.split(input, split_size_or_sections, dim=0)
+    torch.tensor_split(input, indices_or_sections, dim=0)
     torch.Tensor.chunk(input, chunks, dim=0)
     torch.Tensor.split(input, split_size, dim=0)
+    torch.Tensor.tensor_split(input, indices_or_sections, dim=0)
     """
 )
 def split(call: Call) -> Term:
+    return _part(call, call.dim(call.log().shape))
+
+
+@law("torch.vsplit(input, indices)\n torch.Tensor.vsplit(input, *indices)")
+def vsplit(call: Call) -> Term:
+    return _part(call, 0)
+
+
+@law("torch.hsplit(input, indices)\n torch.Tensor.hsplit(input, *indices)")
+def hsplit(call: Call) -> Term:
+    return _part(call, min(len(call.log().shape), 2) - 1)
+
+
+def _part(call: Call, dim: int) -> Term:
     log = call.log()
-    dim = call.dim(log.shape)
+    if sum(shape[dim] for shape in call.shapes) != log.shape[dim]:
+        raise Unrecognised  # parts by indices out of order overlap
     start = sum(shape[dim] for shape in call.shapes[: call.position])
     return build.rearrange(ops.NARROW, (log,), call.shape, dim=dim, start=start, length=call.shape[dim])
 
