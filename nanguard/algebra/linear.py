@@ -42,6 +42,12 @@ def _is_normalised(term: Term) -> bool:
     return is_over_probabilities(term) and not is_part(term)
 
 
+def _is_weighted_total(term: Term) -> bool:
+    """Whether it is a sum from which weights may have left out all that has not vanished, such as `(p * one_hot).sum(1)`."""
+    inner = core(term)
+    return isinstance(inner, Apply) and is_sum(inner) and is_op(inner.args[0], ops.WEIGH)
+
+
 def _is_fragile(term: Term) -> bool:
     inner = core(term, through_scale=False, through_negation=False)
     if not isinstance(inner, Apply):
@@ -50,6 +56,6 @@ def _is_fragile(term: Term) -> bool:
         above, below = inner.args
         if _is_plain(below) or (_is_plain(above) and is_over_probabilities(below)):
             return False
-        return not (is_sum(core(below)) and _is_normalised(above))
+        return not (is_sum(core(below)) and _is_normalised(above)) or _is_weighted_total(above)
     root = inner.operator is ops.SCALE and inner.params["other"] < 1 and not is_sum(core(inner))
     return root or inner.operator is ops.NEGATE

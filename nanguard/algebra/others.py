@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import reduced
 from nanguard.algebra.term import Apply, Leaf, Shape, Term
 
-__all__ = ["without"]
+__all__ = ["left_out", "without"]
+
+
+def left_out(whole: Term, part: Term) -> Term | None:
+    """What elements are left of a tensor when a part of them is subtracted, as p - w p = (1 - w) p; `None` for other parts."""
+    if not isinstance(part, Apply):
+        return None
+    if part.operator is ops.WEIGH and part.args[0] == whole and part.shape == whole.shape:
+        return Apply(ops.WEIGH_REST, part.args, part.shape)
+    if part.operator is not ops.ON_DIAGONAL or len(whole.shape) != 2 or whole.signed:
+        return None
+    square = whole.shape[0] == whole.shape[1] and part.params["offset"] == 0 and part.params["dim1"] == 0
+    diagonal = build.rearrange(ops.DIAGONAL, (whole,), part.args[0].shape, offset=0, dim1=0, dim2=1)
+    if not square or part.args[0] != diagonal:
+        return None
+    return Apply(ops.FILLED_DIAGONAL, (whole,), whole.shape, value=-math.inf, wrap=False)
 
 
 def without(total: Apply, part: Term) -> Term | None:

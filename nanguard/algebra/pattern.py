@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanguard.algebra import operators as ops
-from nanguard.algebra.term import Apply, Leaf, Operator, Term
+from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term
 
 __all__ = [
     "core",
@@ -18,6 +18,7 @@ __all__ = [
     "is_softplus",
     "is_sum",
     "operators",
+    "renormalises",
 ]
 
 # Epsilons are at most that large.
@@ -32,7 +33,7 @@ _PICKS = frozenset(
     {ops.INDEX, ops.GATHER, ops.TAKE_ALONG_DIM, ops.INDEX_SELECT, ops.MASKED_SELECT, ops.SELECT, ops.TAKE}
 )
 _SUMS = frozenset({ops.LOGSUMEXP, ops.LOGMEANEXP, ops.LOGADDEXP, ops.LOGCUMSUMEXP, ops.SCATTER_ADD, ops.LOGADDEXP_AT})
-_MASKS = frozenset({ops.WEIGH, ops.WEIGH_REST, ops.MASKED, ops.WHERE, ops.SET_ITEM, ops.FILLED_DIAGONAL})
+_MASKS = frozenset({ops.WEIGH, ops.WEIGH_REST, ops.MASKED, ops.WHERE, ops.SET_ITEM, ops.FILLED_DIAGONAL, ops.TRIANGLE})
 
 
 def core(term: Term, *, through_scale: bool = True, through_negation: bool = True) -> Term:
@@ -115,6 +116,24 @@ def _is_guard(term: Apply) -> bool:
     return term.operator is ops.CLAMP_MAX and bool(1 - LARGEST_EPSILON <= term.params["constant"] <= 1)
 
 
+def renormalises(log: Term, divisor: Shape) -> bool:
+    """Whether probabilities are divided by something that is the same for all classes: they are none any more.
+
+    Those that are compared to other ones, class by class, remain what they are, and totals become means.
+    """
+    if not is_over_probabilities(log) or is_sum(core(log)) or (is_selection(log) and divisor == log.shape):
+        return False
+    if len(divisor) > len(log.shape) or any(
+        one not in (1, size) for one, size in zip(divisor[::-1], log.shape[::-1], strict=False)
+    ):
+        return True
+    inner = core(log)
+    if not isinstance(inner, Apply) or inner.operator is not ops.LOG_SOFTMAX or inner.shape != log.shape:
+        return bool(divisor != log.shape)
+    behind = len(log.shape) - inner.params["dim"]
+    return len(divisor) < behind or bool(divisor[-behind] == 1)
+
+
 def is_over_probabilities(term: Term) -> bool:
     """Whether softmaxes or sigmoids went into it."""
     return bool(operators(term) & {"log_softmax", "logsigmoid", "log_rest"})
@@ -141,6 +160,9 @@ def is_softplus(term: Term) -> bool:
 def _is_wrapper(term: Apply) -> bool:
     if term.operator is ops.PLUS_CONSTANT:
         return bool(term.params["constant"] != 1.0)
-    if term.operator is ops.WHERE:  # one of two known ones, not a mask
-        return not any(isinstance(arg, Apply) and arg.operator is ops.FULL for arg in term.args)
+    if term.operator is ops.WHERE:  # one of two known ones, not a mask; but 1 is put where nothing is to be added
+        one, other = (arg if isinstance(arg, Apply) and arg.operator is ops.FULL else None for arg in term.args)
+        return one is None and (other is None or bool(other.params["constant"] == 1.0))
+    if term.operator is ops.MASKED:
+        return bool(term.params["value"] == 0.0)
     return term.operator.move or term.operator in _WRAPPERS

@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 
+# Smaller factors are left over from a sum whose largest part cancelled, or weighed nothing.
+_TINY = 1e-9
+
+
 class Scaled(NamedTuple):
     """The number factor * exp(log), both of one shape; a factor of `None` is 1."""
 
@@ -67,10 +71,21 @@ def product(a: Scaled, b: Scaled) -> Scaled:
 
 def quotient(a: Scaled, b: Scaled) -> Scaled:
     """P / q."""
+    b = _settled(b)
     log = a.log - b.log
     if b.factor is None:
         return _of(log, a.factor)
     return _of(log, b.factor.reciprocal() if a.factor is None else a.factor / b.factor)
+
+
+def _settled(number: Scaled) -> Scaled:
+    """The same number, with a tiny factor moved into the exponent: the derivative of its reciprocal would overflow."""
+    log, factor = number
+    if factor is None:
+        return number
+    size = factor.detach().abs()
+    size = size.masked_fill((size == 0) | (size > _TINY), 1.0)
+    return Scaled(log + size.log(), factor / size)
 
 
 def power(a: Scaled, exponent: int) -> Scaled:

@@ -10,7 +10,7 @@ import math
 from nanguard.algebra import build, totals
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import positive
-from nanguard.algebra.call import Call, Operand
+from nanguard.algebra.call import Call, Operand, normal_dim
 from nanguard.algebra.registry import Names, law, rule
 from nanguard.algebra.term import Apply, Term, Unrecognised
 
@@ -78,6 +78,39 @@ def fill_diagonal(call: Call) -> Term:
     log = positive(call.log())
     _zero(call.number("fill_value"))
     return Apply(ops.FILLED_DIAGONAL, (log,), log.shape, value=-math.inf, wrap=bool(call["wrap"]))
+
+
+# 0 above, or below, a diagonal
+@law("torch.tril(input, diagonal=0)\n torch.Tensor.tril(input, diagonal=0)")
+def tril(call: Call) -> Term:
+    return _triangle(call, upper=False)
+
+
+@law("torch.triu(input, diagonal=0)\n torch.Tensor.triu(input, diagonal=0)")
+def triu(call: Call) -> Term:
+    return _triangle(call, upper=True)
+
+
+def _triangle(call: Call, *, upper: bool) -> Term:
+    log, diagonal = positive(call.log()), call["diagonal"]
+    if type(diagonal) is not int:
+        raise Unrecognised
+    return Apply(ops.TRIANGLE, (log,), log.shape, diagonal=diagonal, upper=upper)
+
+
+# 0 all around a diagonal
+@law(
+    """
+    torch.diag_embed(input, offset=0, dim1=-2, dim2=-1)
+    torch.Tensor.diag_embed(input, offset=0, dim1=-2, dim2=-1)
+    """
+)
+def diag_embed(call: Call) -> Term:
+    log, offset = positive(call.log()), call["offset"]
+    if type(offset) is not int:
+        raise Unrecognised
+    first, second = (normal_dim(call[name], len(call.shape)) for name in ("dim1", "dim2"))
+    return Apply(ops.ON_DIAGONAL, (log,), call.shape, offset=offset, dim1=first, dim2=second)
 
 
 # a number all around

@@ -9,9 +9,10 @@ from typing import Any
 
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
+from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call, Operand
 from nanguard.algebra.registry import law
-from nanguard.algebra.term import Shape, Term, Unrecognised
+from nanguard.algebra.term import Apply, Shape, Term, Unrecognised
 
 
 # some of the elements
@@ -139,13 +140,13 @@ def diagonal(call: Call) -> Term:
     return build.rearrange(ops.DIAGONAL, (log,), call.shape, offset=int(call.number("offset")), dim1=first, dim2=second)
 
 
-# the diagonal of a matrix
+# the diagonal of a matrix, or a matrix with that diagonal
 @law("torch.diag(input, diagonal=0)\n torch.Tensor.diag(input, diagonal=0)")
 def diag(call: Call) -> Term:
-    log = call.log()
+    log, offset = call.log(), int(call.number("diagonal"))
     if len(log.shape) != 2:
-        raise Unrecognised
-    return build.rearrange(ops.DIAGONAL, (log,), call.shape, offset=int(call.number("diagonal")), dim1=0, dim2=1)
+        return Apply(ops.ON_DIAGONAL, (positive(log),), call.shape, offset=offset, dim1=0, dim2=1)
+    return build.rearrange(ops.DIAGONAL, (log,), call.shape, offset=offset, dim1=0, dim2=1)
 
 
 # elements by their place in the whole
