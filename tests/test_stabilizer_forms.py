@@ -183,3 +183,33 @@ def test_a_total_that_cancels_has_no_new_nan():
         e = s.exp()
         loss = (1 / (e - e * torch.where(EYE, 1.0, 0.5).requires_grad_()).sum(1)).sum()
     assert torch.autograd.grad(loss, s)[0].isfinite().all()
+
+
+def index(p):
+    """The Tversky index of the target classes."""
+    t = F.one_hot(TARGET, 5).to(p.dtype)
+    hits = (p * t).sum(0)
+    return hits / (hits + 0.3 * (p * (1 - t)).sum(0) + 0.7 * ((1 - p) * t).sum(0) + 1e-6)
+
+
+# Quotients of probabilities that are as good as any.
+QUOTIENTS = {
+    "overlap": lambda p: index(p),
+    "a part by all, and one": lambda p: p[:, :2].sum(1) / (p.sum(1) + 1),
+    "a floor": lambda p: p[:, :2].sum(1) / p[:, 2:].sum(1).clamp(min=1e-6),
+    "mean of some": lambda p: (p * MASK).sum(1) / MASK.sum(1),
+}
+
+
+@pytest.mark.parametrize("quotient", QUOTIENTS.values(), ids=QUOTIENTS.keys())
+def test_bounded_quotients_keep_every_bit(quotient):
+    def run():
+        x = logits().requires_grad_()
+        value = quotient(F.softmax(x, 1))
+        return value, torch.autograd.grad(value.sum(), x)[0]
+
+    plain = run()
+    with nanguard.stabilize() as swaps:
+        guarded = run()
+    assert swaps == []
+    assert all(torch.equal(one, other) for one, other in zip(plain, guarded, strict=True))
