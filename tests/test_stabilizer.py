@@ -287,6 +287,7 @@ SPECIAL = {
     ("__rpow__", "exponent"): X,
     ("__rpow__", "input"): 2.5,
     ("roll", "dims"): 1,
+    ("tensordot", "dims"): ([1], [0]),
     ("lerp", "weight"): 0.3,
     ("__setitem__", "value"): 0,
     ("dropout", "p"): 0.5,

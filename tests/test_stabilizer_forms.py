@@ -82,6 +82,20 @@ def shares_reference(s):
     return -(s[ROWS, ROWS.roll(1)] - masked(s, EYE).logsumexp(1)).mean()
 
 
+def filled(x):
+    e, total = torch.exp(x), torch.zeros(6, dtype=x.dtype)
+    for row in range(6):
+        total[row] = e[row, TARGET[row]] / e[row].sum()
+    return -torch.log(total).mean()
+
+
+def pairs(s):
+    e, loss = torch.exp(s), 0
+    for row in range(6):
+        loss = loss - torch.log(e[row, row - 1] / (e[row].sum() - e[row, row]))
+    return loss / 6
+
+
 # Name: form, reference, inputs.
 FORMS = {
     "vstack": (lambda x: F.nll_loss(torch.vstack([F.softmax(row, 0) for row in x]).log(), TARGET), cross_entropy),
@@ -143,6 +157,13 @@ FORMS = {
         shares_reference,
         (scores(),),
     ),
+    "tensordot": (
+        lambda x: torch.log(torch.tensordot(PRIOR.to(x.dtype)[:2], F.softmax(x, 1)[:, [0, 4]], dims=([0], [1]))).mean(),
+        lambda x: torch.logsumexp(lsm(x)[:, [0, 4]] + PRIOR.to(x.dtype)[:2].log(), 1).mean(),
+        (logits(),),
+    ),
+    "zeros filled in a loop": (filled, cross_entropy),
+    "pairs in a loop": (pairs, lambda s: -(s[ROWS, ROWS - 1] - masked(s, EYE).logsumexp(1)).mean(), (scores(),)),
     "rows and columns": (
         lambda s: -torch.log(s.exp().diagonal() / torch.sqrt(s.exp().sum(1) * s.exp().sum(0))).mean(),
         lambda s: -(s.diagonal() - (s.logsumexp(1) + s.logsumexp(0)) / 2).mean(),

@@ -116,5 +116,6 @@ REPEAT = Operator("repeat", "torch.tile", "{0}.repeat({dims})", move=True)
 REPEAT_INTERLEAVE = Operator(
     "repeat_interleave", "torch.repeat_interleave", "{0}.repeat_interleave({repeats}, {dim})", move=True
 )
+WRITTEN = Operator("written", f"{_STABLE}.written", "{1}.index_put({key}, {0})", move=True)
 CAT = Operator("cat", f"{_STABLE}.cat", "torch.cat([{all}], dim={dim})", move=True)
 STACK = Operator("stack", f"{_STABLE}.stack", "torch.stack([{all}], dim={dim})", move=True)

@@ -45,6 +45,7 @@ __all__ = [
     "topk",
     "triangle",
     "where",
+    "written",
     "xlogy",
 ]
 
@@ -199,6 +200,13 @@ def set_item(l: Tensor, key: Any, value: float) -> Tensor:  # noqa: E741
     """With `value` at the places of `key`."""
     result = l.clone()
     result[key] = value
+    return result
+
+
+def written(l: Tensor, m: Tensor, key: Any) -> Tensor:  # noqa: E741
+    """`m`, but `l` at the places of `key`."""
+    result = m.clone()
+    result[key] = l
     return result
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from nanguard.algebra import build, totals
 from nanguard.algebra import operators as ops
@@ -61,16 +62,27 @@ def _zero(number: float) -> None:
         raise Unrecognised
 
 
-# elements left out of a total
+# elements left out of a total, or zeros that are filled one after the other
 @law("torch.Tensor.__setitem__(input, key, value)")
 def set_item(call: Call) -> Term:
-    log, key = positive(call.log()), call["key"]
+    key = call["key"]
+    if call.known("value"):
+        return _filled(_base(call), positive(call.log("value")), key)
+    log = positive(call.log())
     _zero(call.number("value"))
     if isinstance(key, Operand):
         key = key.leaf
     elif isinstance(key, tuple):
         key = tuple(entry.leaf if isinstance(entry, Operand) else entry for entry in key)
     return Apply(ops.SET_ITEM, (log,), log.shape, key=key, value=-math.inf)
+
+
+def _filled(base: Term, value: Term, key: Any) -> Term:
+    """An assignment to anything but such a buffer is an edit."""
+    whole = key if isinstance(key, tuple) else (key,)
+    if not build.is_op(base, ops.FULL, ops.WRITTEN) or not all(type(entry) in (int, slice) for entry in whole):
+        raise Unrecognised
+    return Apply(ops.WRITTEN, (value, base), base.shape, key=key)
 
 
 @law("torch.Tensor.fill_diagonal_(input, fill_value, wrap=False)")
