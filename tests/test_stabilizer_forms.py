@@ -96,6 +96,17 @@ def pairs(s):
     return loss / 6
 
 
+def renormalised(p):
+    return F.nll_loss(torch.log(p / p.sum(1, keepdim=True)), TARGET)
+
+
+def without_own(s):
+    e = torch.exp(s) * ~EYE
+    return -torch.log((e / e.sum(1, keepdim=True)).masked_fill(EYE, 1.0)).mean()
+
+
+ALLOWED = MASK | F.one_hot(TARGET, 5).bool()
+
 # Name: form, reference, inputs.
 FORMS = {
     "vstack": (lambda x: F.nll_loss(torch.vstack([F.softmax(row, 0) for row in x]).log(), TARGET), cross_entropy),
@@ -155,6 +166,23 @@ FORMS = {
     "without the weighted": (
         lambda s: shares(s, lambda e: (e - e * EYE.to(e.dtype)).sum(1)),
         shares_reference,
+        (scores(),),
+    ),
+    "invalid actions": (
+        lambda x: renormalised(F.softmax(x, 1) * ALLOWED),
+        lambda x: cross_entropy(masked(x, ~ALLOWED)),
+    ),
+    "invalid actions, filled": (
+        lambda x: renormalised(F.softmax(x, 1).masked_fill(~ALLOWED, 0)),
+        lambda x: cross_entropy(masked(x, ~ALLOWED)),
+    ),
+    "weighed by a prior": (
+        lambda x: renormalised(F.softmax(x, 1) * PRIOR.to(x.dtype)),
+        lambda x: cross_entropy(x + PRIOR.to(x.dtype).log()),
+    ),
+    "shares of others, padded with ones": (
+        without_own,
+        lambda s: -F.log_softmax(masked(s, EYE), 1).masked_fill(EYE, 0).mean(),
         (scores(),),
     ),
     "tensordot": (

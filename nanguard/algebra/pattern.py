@@ -13,6 +13,7 @@ __all__ = [
     "is_over_probabilities",
     "is_part",
     "is_probability_or_total",
+    "is_renormalised",
     "is_selection",
     "is_softmax_of_logits",
     "is_softplus",
@@ -87,6 +88,13 @@ def is_disguised(term: Term) -> bool:
     if not isinstance(found, Apply) or found.operator not in _MASKS:
         return False
     return core_is(found.args[0], ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST) or is_disguised(found.args[0])
+
+
+def is_renormalised(masked: Term, total: Term) -> bool:
+    """Whether masked or weighted probabilities are divided by their own total: a softmax of what is left."""
+    inner = core(total)
+    own = isinstance(inner, Apply) and is_sum(inner) and inner.args[0] == masked
+    return own and "topk" not in operators(masked)
 
 
 def is_softmax_of_logits(term: Term) -> bool:

@@ -21,6 +21,7 @@ __all__ = [
     "difference",
     "logarithm",
     "logarithm_of_difference",
+    "masked",
     "moved",
     "number",
     "product",
@@ -99,6 +100,12 @@ def weighed(a: Scaled, weight: Tensor) -> Scaled:
     if not weight.requires_grad:  # what weighs nothing is nothing to compare others to
         log = log.masked_fill(weight == 0, -math.inf)
     return Scaled(log, weight if a.factor is None else a.factor * weight)
+
+
+def masked(a: Scaled, mask: Tensor, value: float) -> Scaled:
+    """P, but the number with that logarithm where there is a mask."""
+    factor = None if a.factor is None else a.factor.masked_fill(mask, 1.0)
+    return Scaled(a.log.masked_fill(mask, value), factor)
 
 
 def negative(a: Scaled) -> Scaled:

@@ -13,7 +13,7 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.axes import is_misaligned
 from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call
-from nanguard.algebra.pattern import core_is, is_disguised, is_over_probabilities, renormalises
+from nanguard.algebra.pattern import core_is, is_disguised, is_over_probabilities, is_renormalised, renormalises
 from nanguard.algebra.registry import law, rule
 from nanguard.algebra.term import Apply, Term, Unrecognised
 
@@ -87,8 +87,8 @@ def _times(log: Term, constant: float) -> Term:
 def div(call: Call) -> Term:
     if call.arguments.get("rounding_mode") is not None:
         raise Unrecognised
-    if not call.is_number("other") and call.known("input") and is_disguised(call.log("input")):
-        raise Unrecognised  # masked after the softmax, and renormalised by something: no longer a softmax
+    if not call.is_number("other") and call.known("input") and _is_no_softmax(call):
+        raise Unrecognised
     if call.known("input") and call.known("other"):
         return build.subtract(*_aligned(call.log("input"), call.log("other")))
     if call.is_number("input"):
@@ -101,6 +101,12 @@ def div(call: Call) -> Term:
     if renormalises(call.log("input"), call.weight("other").shape):
         raise Unrecognised
     return build.subtract(call.log("input"), _unknown(call, "other"))
+
+
+def _is_no_softmax(call: Call) -> bool:
+    """Whether it was masked after the softmax, and is divided by something else than its total."""
+    log = call.log("input")
+    return is_disguised(log) and not (call.known("other") and is_renormalised(log, call.log("other")))
 
 
 def _unknown(call: Call, name: str) -> Term:

@@ -46,7 +46,7 @@ def _not_negative(number: float) -> float:
     branch="selects",
 )
 def masked_fill(call: Call) -> Term:
-    log, value = positive(call.log()), _not_negative(call.number("value"))
+    log, value = call.log(), _not_negative(call.number("value"))
     if build.broadcast_shapes(log.shape, call.index("mask").shape) != log.shape:
         raise Unrecognised
     return Apply(ops.MASKED, (log,), log.shape, mask=call.index("mask"), value=_log(value))
