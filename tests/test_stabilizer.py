@@ -248,8 +248,10 @@ ARGUMENTS = {
     "chunks": 2,
     "split_size": 2,
     "split_size_or_sections": 2,
+    "indices_or_sections": 2,
     "target": torch.float64,
     "mat2": Q,
+    "vec2": Q,
     "weight": Q,
     "equation": "ij,kj->ik",
     "operands": (P, Q),
@@ -276,6 +278,8 @@ SPECIAL = {
     ("squeeze", "dim"): None,
     ("index_select", "index"): torch.tensor([2, 0]),
     ("select", "index"): 1,
+    ("hsplit", "indices"): (1, 2),
+    ("vsplit", "indices"): (1, 2),
     ("new_zeros", "size"): (3, 3),
     ("new_ones", "size"): (3, 3),
     ("zeros", "size"): (3, 3),
@@ -283,6 +287,7 @@ SPECIAL = {
     ("__rpow__", "exponent"): X,
     ("__rpow__", "input"): 2.5,
     ("roll", "dims"): 1,
+    ("tensordot", "dims"): ([1], [0]),
     ("lerp", "weight"): 0.3,
     ("__setitem__", "value"): 0,
     ("dropout", "p"): 0.5,
@@ -301,6 +306,9 @@ SHOWN_BY = {
     "fill_diagonal": lambda result, p: torch.log(result.sum(1)),
     "where": lambda result, p: torch.log(result.sum(1)),
     "masked_fill": lambda result, p: torch.log(result.sum(1)),
+    "tril": lambda result, p: torch.log(result.sum(1)),
+    "triu": lambda result, p: torch.log(result.sum(0)),
+    "diag_embed": lambda result, p: torch.log(result.sum(1)),
     "tanh": lambda result, p: torch.log(1 - result),
     "zeros": lambda result, p: torch.log(result + p),
     "ones": lambda result, p: torch.log(result - p),
@@ -329,7 +337,7 @@ def arguments(law, spelling, known):
 def shaped(method, p, q):
     if method == "bmm":
         return p[None], q[None]
-    return (p, q[0]) if method == "mv" else (p[0], q[0]) if method == "dot" else (p, q)
+    return (p, q[0]) if method == "mv" else (p[0], q[0]) if method in ("dot", "outer", "ger") else (p, q)
 
 
 class TestEveryLaw:

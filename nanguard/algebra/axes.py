@@ -11,21 +11,24 @@ from nanguard.algebra.term import Apply, Leaf, Term
 
 __all__ = ["is_misaligned"]
 
-# For each dim of a term, the dim of its leaves that it runs along; `None` where that is not known, or there is none.
-Axes = tuple["int | None", ...]
+# For each dim of a term, how many dims its leaves have and which of them it runs along; `None` where that is not known, or
+# there is none. Leaves of different ranks have no dim in common.
+Axes = tuple["tuple[int, int] | None", ...]
 
 _REDUCTIONS = frozenset({ops.LOGSUMEXP, ops.LOGMEANEXP, ops.SUM, ops.AMAX, ops.AMIN, ops.PRODUCT})
 
 
 def is_misaligned(a: Term, b: Term) -> bool:
     """Whether broadcasting lays different dims of one shape side by side."""
-    if not any(isinstance(term, Apply) for term in (a, b)) or {len(leaf.shape) for leaf in (*a.leaves, *b.leaves)} == {
-        1
-    }:
+    if not any(isinstance(term, Apply) for term in (a, b)):
+        return False
+    if len(a.shape) == len(b.shape) and a.shape == b.shape:
+        return False
+    if {len(leaf.shape) for leaf in (*a.leaves, *b.leaves)} == {1}:
         return False
     one, other = _axes(a), _axes(b)
     pairs = zip(reversed(_sized(one, a)), reversed(_sized(other, b)), strict=False)
-    return any(first != second and first is not None and second is not None for first, second in pairs)
+    return any(first and second and first[0] == second[0] and first[1] != second[1] for first, second in pairs)
 
 
 def _sized(axes: Axes, term: Term) -> Axes:
@@ -35,7 +38,7 @@ def _sized(axes: Axes, term: Term) -> Axes:
 def _axes(term: Term) -> Axes:
     rank = len(term.shape)
     if isinstance(term, Leaf):
-        return tuple(range(rank))
+        return tuple((rank, dim) for dim in range(rank))
     if term.operator in _REDUCTIONS:
         dims, keepdim = term.params["dim"], term.params["keepdim"]
         inner = enumerate(_axes(term.args[0]))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import is_op
 from nanguard.algebra.pattern import core, is_over_probabilities, is_part, is_sum
-from nanguard.algebra.term import Apply, Term
+from nanguard.algebra.term import Apply, Leaf, Term
 
 __all__ = ["exponential", "fails_in_gradient_only"]
+
+# The reciprocal of anything larger, and its derivative, are finite.
+_FLOOR = 1e-15
 
 
 def exponential(term: Term) -> Term | None:
@@ -42,6 +45,35 @@ def _is_normalised(term: Term) -> bool:
     return is_over_probabilities(term) and not is_part(term)
 
 
+def _has_floor(term: Term) -> bool:
+    """Whether a constant was added, or bounds it from below, so that it never vanishes."""
+    while isinstance(term, Apply) and term.operator.move:
+        term = term.args[0]
+    return is_op(term, ops.PLUS_CONSTANT, ops.CLAMP_MIN) and bool(term.params["constant"] >= _FLOOR)  # type: ignore[union-attr]
+
+
+def _is_bounded(term: Term) -> bool:
+    """Whether it is made of probabilities by sums, products and weights alone, so that nothing of it overflows."""
+    if isinstance(term, Leaf) or term.operator in (ops.NEGATE, ops.SUBTRACT):
+        return False
+    if term.operator in (ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST, ops.FULL):
+        return True
+    return all(map(_is_bounded, term.args[:1] if term.operator in (ops.WEIGH, ops.WEIGH_REST) else term.args))
+
+
+def _are_weighed_alike(above: Term, below: Term) -> bool:
+    """Whether two distributions are weighed, such as by a one-hot action, which may leave out all that has not vanished."""
+    one, other = core(above), core(below)
+    if not (isinstance(one, Apply) and isinstance(other, Apply) and is_sum(one) and is_sum(other)):
+        return False
+    first, second = one.args[0], other.args[0]
+    if not (is_op(first, ops.WEIGH) and is_op(second, ops.WEIGH)):
+        return False
+    (p, weight), (q, other_weight) = first.args, second.args  # type: ignore[union-attr]
+    fixed = not any(leaf.tracked for leaf in (*weight.leaves, *other_weight.leaves))
+    return bool(fixed and p != q and weight.shape == other_weight.shape)
+
+
 def _is_fragile(term: Term) -> bool:
     inner = core(term, through_scale=False, through_negation=False)
     if not isinstance(inner, Apply):
@@ -50,6 +82,8 @@ def _is_fragile(term: Term) -> bool:
         above, below = inner.args
         if _is_plain(below) or (_is_plain(above) and is_over_probabilities(below)):
             return False
-        return not (is_sum(core(below)) and _is_normalised(above))
+        if _has_floor(below) and _is_bounded(above) and _is_bounded(below):
+            return False
+        return not (is_sum(core(below)) and _is_normalised(above)) or _are_weighed_alike(above, below)
     root = inner.operator is ops.SCALE and inner.params["other"] < 1 and not is_sum(core(inner))
     return root or inner.operator is ops.NEGATE

@@ -66,6 +66,8 @@ TOPK = Operator("topk", f"{_STABLE}.topk", "{0}.topk({k}, {dim}).values")
 PADDED = Operator("pad", f"{_STABLE}.pad", "F.pad({0}, {pad}, value={value})")
 SET_ITEM = Operator("set_item", f"{_STABLE}.set_item", "{0}.index_put({key}, {value})")
 FILLED_DIAGONAL = Operator("fill_diagonal", f"{_STABLE}.fill_diagonal", "{0}.fill_diagonal({value})")
+TRIANGLE = Operator("triangle", f"{_STABLE}.triangle", "{0}.masked_fill(outside_of_triangle, -math.inf)")
+ON_DIAGONAL = Operator("on_diagonal", f"{_STABLE}.on_diagonal", "{0}.exp().diag_embed({offset}, {dim1}, {dim2}).log()")
 LOGADDEXP_AT = Operator(
     "index_logaddexp", f"{_STABLE}.index_logaddexp", "{0}.exp().index_add({dim}, {index}, {1}.exp()).log()"
 )
@@ -114,5 +116,6 @@ REPEAT = Operator("repeat", "torch.tile", "{0}.repeat({dims})", move=True)
 REPEAT_INTERLEAVE = Operator(
     "repeat_interleave", "torch.repeat_interleave", "{0}.repeat_interleave({repeats}, {dim})", move=True
 )
+WRITTEN = Operator("written", f"{_STABLE}.written", "{1}.index_put({key}, {0})", move=True)
 CAT = Operator("cat", f"{_STABLE}.cat", "torch.cat([{all}], dim={dim})", move=True)
 STACK = Operator("stack", f"{_STABLE}.stack", "torch.stack([{all}], dim={dim})", move=True)

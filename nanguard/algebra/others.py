@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import reduced
 from nanguard.algebra.term import Apply, Leaf, Shape, Term
 
-__all__ = ["without"]
+__all__ = ["left_out", "without"]
+
+
+def left_out(whole: Term, part: Term) -> Term | None:
+    """What elements are left of a tensor when a part of them is subtracted, as p - w p = (1 - w) p; `None` for other parts."""
+    if not isinstance(part, Apply):
+        return None
+    if part.operator is ops.WEIGH and part.args[0] == whole and part.shape == whole.shape:
+        return Apply(ops.WEIGH_REST, part.args, part.shape)
+    if part.operator is not ops.ON_DIAGONAL or len(whole.shape) != 2 or whole.signed:
+        return None
+    square = whole.shape[0] == whole.shape[1] and part.params["offset"] == 0 and part.params["dim1"] == 0
+    diagonal = build.rearrange(ops.DIAGONAL, (whole,), part.args[0].shape, offset=0, dim1=0, dim2=1)
+    if not square or part.args[0] != diagonal:
+        return None
+    return Apply(ops.FILLED_DIAGONAL, (whole,), whole.shape, value=-math.inf, wrap=False)
 
 
 def without(total: Apply, part: Term) -> Term | None:
@@ -24,6 +41,7 @@ def without(total: Apply, part: Term) -> Term | None:
     if part == x:
         return others if keepdim or dim == 0 else None
     picked = part.args[0] if isinstance(part, Apply) and part.operator is ops.RESHAPE else part
+    picked = _of_row(picked, x)
     if not isinstance(picked, Apply) or len(picked.args) != 1 or picked.args[0] != x or part.shape != total.shape:
         return None
     if not _one_of_each_row(picked, x.shape, dim) or picked.shape not in (
@@ -33,6 +51,19 @@ def without(total: Apply, part: Term) -> Term | None:
     return build.reshape(build.rearrange(picked.operator, (others,), picked.shape, **picked.params), part.shape)
 
 
+def _of_row(picked: Term, row: Term) -> Term:
+    """`x[i, j]` as `x[i][j]`, where `x[i]` is the row."""
+    if not (build.is_op(picked, ops.INDEX) and build.is_op(row, ops.INDEX)):
+        return picked
+    places, place = picked.params["key"], row.params["key"]  # type: ignore[union-attr]
+    if isinstance(place, tuple) and place[1:] == (slice(None),) * len(place[1:]):
+        place = place[0]
+    numbers = isinstance(places, tuple) and all(type(entry) is int for entry in (*places, place))
+    if not numbers or places[0] != place or picked.args != row.args:  # type: ignore[union-attr]
+        return picked
+    return Apply(ops.INDEX, (row,), picked.shape, key=places[1:])
+
+
 def _one_of_each_row(picked: Apply, shape: Shape, dim: int) -> bool:
     """Whether one element is picked along `dim`, from every row in turn."""
     params = picked.params
@@ -40,8 +71,9 @@ def _one_of_each_row(picked: Apply, shape: Shape, dim: int) -> bool:
         return len(shape) == 2 and shape[0] == shape[1] and params["offset"] == 0
     if picked.operator in (ops.SELECT, ops.NARROW, ops.GATHER):
         return bool(params["dim"] == dim)
-    if picked.operator is ops.INDEX and isinstance(params["key"], tuple) and len(params["key"]) == len(shape):
-        return _indexes_rows(params["key"], shape, dim)
+    if picked.operator is ops.INDEX:
+        key = params["key"] if isinstance(params["key"], tuple) else (params["key"],)
+        return len(key) == len(shape) and _indexes_rows(key, shape, dim)
     return False
 
 

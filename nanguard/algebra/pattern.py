@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanguard.algebra import operators as ops
-from nanguard.algebra.term import Apply, Leaf, Operator, Term
+from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term
 
 __all__ = [
     "core",
@@ -13,11 +13,13 @@ __all__ = [
     "is_over_probabilities",
     "is_part",
     "is_probability_or_total",
+    "is_renormalised",
     "is_selection",
     "is_softmax_of_logits",
     "is_softplus",
     "is_sum",
     "operators",
+    "renormalises",
 ]
 
 # Epsilons are at most that large.
@@ -32,7 +34,7 @@ _PICKS = frozenset(
     {ops.INDEX, ops.GATHER, ops.TAKE_ALONG_DIM, ops.INDEX_SELECT, ops.MASKED_SELECT, ops.SELECT, ops.TAKE}
 )
 _SUMS = frozenset({ops.LOGSUMEXP, ops.LOGMEANEXP, ops.LOGADDEXP, ops.LOGCUMSUMEXP, ops.SCATTER_ADD, ops.LOGADDEXP_AT})
-_MASKS = frozenset({ops.WEIGH, ops.WEIGH_REST, ops.MASKED, ops.WHERE, ops.SET_ITEM, ops.FILLED_DIAGONAL})
+_MASKS = frozenset({ops.WEIGH, ops.WEIGH_REST, ops.MASKED, ops.WHERE, ops.SET_ITEM, ops.FILLED_DIAGONAL, ops.TRIANGLE})
 
 
 def core(term: Term, *, through_scale: bool = True, through_negation: bool = True) -> Term:
@@ -88,6 +90,13 @@ def is_disguised(term: Term) -> bool:
     return core_is(found.args[0], ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST) or is_disguised(found.args[0])
 
 
+def is_renormalised(masked: Term, total: Term) -> bool:
+    """Whether masked or weighted probabilities are divided by their own total: a softmax of what is left."""
+    inner = core(total)
+    own = isinstance(inner, Apply) and is_sum(inner) and inner.args[0] == masked
+    return own and "topk" not in operators(masked)
+
+
 def is_softmax_of_logits(term: Term) -> bool:
     """Whether it is the softmax of a tensor itself, not of what was normalised before."""
     return isinstance(term, Apply) and term.operator is ops.LOG_SOFTMAX and isinstance(term.args[0], Leaf)
@@ -113,6 +122,24 @@ def _is_guard(term: Apply) -> bool:
     if term.operator in (ops.PLUS_CONSTANT, ops.CLAMP_MIN):
         return bool(term.params["constant"] <= LARGEST_EPSILON)
     return term.operator is ops.CLAMP_MAX and bool(1 - LARGEST_EPSILON <= term.params["constant"] <= 1)
+
+
+def renormalises(log: Term, divisor: Shape) -> bool:
+    """Whether probabilities are divided by something that is the same for all classes: they are none any more.
+
+    Those that are compared to other ones, class by class, remain what they are, and totals become means.
+    """
+    if not is_over_probabilities(log) or is_sum(core(log)) or (is_selection(log) and divisor == log.shape):
+        return False
+    if len(divisor) > len(log.shape) or any(
+        one not in (1, size) for one, size in zip(divisor[::-1], log.shape[::-1], strict=False)
+    ):
+        return True
+    inner = core(log)
+    if not isinstance(inner, Apply) or inner.operator is not ops.LOG_SOFTMAX or inner.shape != log.shape:
+        return bool(divisor != log.shape)
+    behind = len(log.shape) - inner.params["dim"]
+    return len(divisor) < behind or bool(divisor[-behind] == 1)
 
 
 def is_over_probabilities(term: Term) -> bool:
@@ -141,6 +168,9 @@ def is_softplus(term: Term) -> bool:
 def _is_wrapper(term: Apply) -> bool:
     if term.operator is ops.PLUS_CONSTANT:
         return bool(term.params["constant"] != 1.0)
-    if term.operator is ops.WHERE:  # one of two known ones, not a mask
-        return not any(isinstance(arg, Apply) and arg.operator is ops.FULL for arg in term.args)
+    if term.operator is ops.WHERE:  # one of two known ones, not a mask; but 1 is put where nothing is to be added
+        one, other = (arg if isinstance(arg, Apply) and arg.operator is ops.FULL else None for arg in term.args)
+        return one is None and (other is None or bool(other.params["constant"] == 1.0))
+    if term.operator is ops.MASKED:
+        return bool(term.params["value"] == 0.0)
     return term.operator.move or term.operator in _WRAPPERS

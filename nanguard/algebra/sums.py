@@ -17,7 +17,7 @@ from collections.abc import Callable
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import is_op, minus, unsigned
-from nanguard.algebra.others import without
+from nanguard.algebra.others import left_out, without
 from nanguard.algebra.term import Apply, Term
 from nanguard.algebra.totals import clamp, full, logsumexp
 
@@ -215,6 +215,11 @@ def difference(a: Term, b: Term) -> Term:
         return minus(logaddexp(a, b)) if flip else logaddexp(a, b)
     if flip:
         a, b = b, a
+    rest, lack = left_out(a, b), left_out(b, a)
+    if rest is not None:
+        return rest
+    if lack is not None:
+        return minus(lack)
     if isinstance(a, Apply):
         x, y = _logit(a), _logit(b)
         if x is not None and y is not None:

@@ -59,6 +59,7 @@ _SCALED: dict[str, Callable[..., Scaled]] = {
     "subtract": scaled.quotient,
     "negate": lambda a: scaled.quotient(Scaled(torch.zeros_like(a.log)), a),
     "shift": lambda a, other: Scaled(a.log + other, a.factor),
+    "masked_fill": scaled.masked,
     "power": scaled.power,
     "minus": scaled.negative,
     "difference": scaled.difference,

@@ -33,6 +33,7 @@ __all__ = [
     "logcumsumexp",
     "logmeanexp",
     "logsumexp",
+    "on_diagonal",
     "pad",
     "plus_constant",
     "reshape",
@@ -42,7 +43,9 @@ __all__ = [
     "sort",
     "stack",
     "topk",
+    "triangle",
     "where",
+    "written",
     "xlogy",
 ]
 
@@ -200,9 +203,29 @@ def set_item(l: Tensor, key: Any, value: float) -> Tensor:  # noqa: E741
     return result
 
 
+def written(l: Tensor, m: Tensor, key: Any) -> Tensor:  # noqa: E741
+    """`m`, but `l` at the places of `key`."""
+    result = m.clone()
+    result[key] = l
+    return result
+
+
 def fill_diagonal(l: Tensor, value: float, wrap: bool) -> Tensor:  # noqa: E741
     """With `value` on the diagonal."""
     return l.clone().fill_diagonal_(value, wrap)
+
+
+def triangle(l: Tensor, diagonal: int, upper: bool) -> Tensor:  # noqa: E741
+    """`l`, but -inf outside the upper, or lower, triangle of the last two dims."""
+    inside = torch.ones(l.shape[-2:], dtype=torch.bool, device=l.device)
+    inside = inside.triu(diagonal) if upper else inside.tril(diagonal)
+    return l.masked_fill(~inside, -math.inf)
+
+
+def on_diagonal(l: Tensor, offset: int, dim1: int, dim2: int) -> Tensor:  # noqa: E741
+    """`l` on a diagonal of two dims, and -inf around it."""
+    inside = torch.diag_embed(torch.ones_like(l, dtype=torch.bool), offset, dim1, dim2)
+    return torch.diag_embed(l, offset, dim1, dim2).masked_fill(~inside, -math.inf)
 
 
 def index_logaddexp(l: Tensor, m: Tensor, dim: int, index: Tensor) -> Tensor:  # noqa: E741

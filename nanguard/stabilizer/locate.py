@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanguard.algebra import Leaf
 from nanguard.source import is_user_file
+from nanguard.stabilizer import environment
 
 __all__ = ["FrameNames", "Placeholders", "expression", "free_name", "named_callers", "user_frame"]
 
@@ -127,6 +128,8 @@ class FrameNames:
     def _negative(self, value: Tensor) -> str | None:
         """The negative of a tensor that has a name; without a graph, only its numbers tell."""
         if not value.is_cpu or value.numel() > _LOOKED_AT or not value.is_floating_point():
+            return None
+        if environment.in_transform():  # there are no numbers yet
             return None
         same = [(name, found) for name, found in self._known if found.is_cpu and found.dtype == value.dtype]
         with torch.no_grad(), torch._C.DisableTorchFunction():

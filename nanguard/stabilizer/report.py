@@ -18,9 +18,9 @@ __all__ = ["Note", "Report", "Swaps"]
 
 Entry = TypeVar("Entry", Swap, Advice)
 
-# Code objects of two files are equal where their lines are: the name of the file tells them apart.
-Place: TypeAlias = "tuple[CodeType, str, int, str]"
-Caller: TypeAlias = "tuple[CodeType, str, int]"
+# Code goes by its identity: equal code may stand in two files, and what dynamo writes may have no hash. Who keeps a place keeps
+# its code, too, as identities of what is gone are given away again.
+Place: TypeAlias = "tuple[int, int, str]"
 
 
 @final
@@ -85,6 +85,7 @@ class Report:
         self._tells = tells
         self._seen: dict[Place, Swap] = {}
         self._notes: dict[Place, Note] = {}
+        self._codes: list[CodeType] = []
         self._untold: list[tuple[Advice, dict[Any, Any]]] = []
         self._open = 0
 
@@ -102,6 +103,7 @@ class Report:
         key = _place(frame, rule)
         known = self._seen.get(key)
         if known is None:
+            self._codes.append(frame.f_code)
             line, original, text = _described(frame, rule, term, answer)
             swap = Swap(rule.code, frame.f_code.co_filename, line, original, text, count=0)
             known = self._seen[key] = _merged(self.swaps, swap)
@@ -125,6 +127,7 @@ class Report:
         key = _place(frame, rule)
         note = self._notes.get(key)
         if note is None:
+            self._codes.append(frame.f_code)
             line, original = expression(frame)
             text = rule.advice.format(**facts(FrameNames(frame)))
             advice = Advice(rule.code, frame.f_code.co_filename, line, original, text, count=0)
@@ -167,27 +170,26 @@ class Report:
 
 
 # What was written about places before: a loop may enter a block of its own in every step.
-_DESCRIBED: dict[Any, tuple[int, str, str]] = {}
+_DESCRIBED: dict[Any, tuple[list[CodeType], tuple[int, str, str]]] = {}
 _MOST_PLACES = 4096
 
 
 def _place(frame: FrameType, rule: Rule) -> Place:
-    return frame.f_code, frame.f_code.co_filename, frame.f_lasti, rule.code
+    return id(frame.f_code), frame.f_lasti, rule.code
 
 
 def _described(frame: FrameType, rule: Rule, term: Callable[[], Term], answer: object) -> tuple[int, str, str]:
     """Line and source of a place, and what to write instead, which depends on where the place was called from, too."""
-    callers: list[Caller] = []
-    for caller in named_callers(frame):
-        code = caller.f_code
-        callers.append((code, code.co_filename, caller.f_lasti))
-    key = (rule.code, answer, *callers)
+    callers = named_callers(frame)
+    codes = [caller.f_code for caller in callers]
+    key = (rule.code, answer, *map(id, codes), *[caller.f_lasti for caller in callers])
     found = _DESCRIBED.get(key) if answer is not None else None
     if found is None:
         if len(_DESCRIBED) >= _MOST_PLACES:
             _DESCRIBED.clear()
-        found = _DESCRIBED[key] = (*expression(frame), replacement(rule, term(), FrameNames(frame)))
-    return found
+        text = replacement(rule, term(), FrameNames(frame))
+        found = _DESCRIBED[key] = codes, (*expression(frame), text)
+    return found[1]
 
 
 def _advice_of(swaps: list[Swap]) -> list[Advice]:

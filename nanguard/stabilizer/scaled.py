@@ -21,6 +21,7 @@ __all__ = [
     "difference",
     "logarithm",
     "logarithm_of_difference",
+    "masked",
     "moved",
     "number",
     "product",
@@ -29,6 +30,10 @@ __all__ = [
     "total",
     "weighed",
 ]
+
+
+# Smaller factors are left over from a sum whose largest part cancelled, or weighed nothing.
+_TINY = 1e-9
 
 
 class Scaled(NamedTuple):
@@ -67,10 +72,21 @@ def product(a: Scaled, b: Scaled) -> Scaled:
 
 def quotient(a: Scaled, b: Scaled) -> Scaled:
     """P / q."""
+    b = _settled(b)
     log = a.log - b.log
     if b.factor is None:
         return _of(log, a.factor)
     return _of(log, b.factor.reciprocal() if a.factor is None else a.factor / b.factor)
+
+
+def _settled(number: Scaled) -> Scaled:
+    """The same number, with a tiny factor moved into the exponent: the derivative of its reciprocal would overflow."""
+    log, factor = number
+    if factor is None:
+        return number
+    size = factor.detach().abs()
+    size = size.masked_fill((size == 0) | (size > _TINY), 1.0)
+    return Scaled(log + size.log(), factor / size)
 
 
 def power(a: Scaled, exponent: int) -> Scaled:
@@ -84,6 +100,12 @@ def weighed(a: Scaled, weight: Tensor) -> Scaled:
     if not weight.requires_grad:  # what weighs nothing is nothing to compare others to
         log = log.masked_fill(weight == 0, -math.inf)
     return Scaled(log, weight if a.factor is None else a.factor * weight)
+
+
+def masked(a: Scaled, mask: Tensor, value: float) -> Scaled:
+    """P, but the number with that logarithm where there is a mask."""
+    factor = None if a.factor is None else a.factor.masked_fill(mask, 1.0)
+    return Scaled(a.log.masked_fill(mask, value), factor)
 
 
 def negative(a: Scaled) -> Scaled:

@@ -13,7 +13,7 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.axes import is_misaligned
 from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call
-from nanguard.algebra.pattern import core_is, is_disguised, is_over_probabilities, is_selection
+from nanguard.algebra.pattern import core_is, is_disguised, is_over_probabilities, is_renormalised, renormalises
 from nanguard.algebra.registry import law, rule
 from nanguard.algebra.term import Apply, Term, Unrecognised
 
@@ -87,8 +87,8 @@ def _times(log: Term, constant: float) -> Term:
 def div(call: Call) -> Term:
     if call.arguments.get("rounding_mode") is not None:
         raise Unrecognised
-    if not call.is_number("other") and call.known("input") and is_disguised(call.log("input")):
-        raise Unrecognised  # masked after the softmax, and renormalised by something: no longer a softmax
+    if not call.is_number("other") and call.known("input") and _is_no_softmax(call):
+        raise Unrecognised
     if call.known("input") and call.known("other"):
         return build.subtract(*_aligned(call.log("input"), call.log("other")))
     if call.is_number("input"):
@@ -98,11 +98,15 @@ def div(call: Call) -> Term:
         return build.expand(_times(call.log("input"), 1 / number if number else 0.0), call.shape)
     if call.known("other"):
         return build.subtract(_unknown(call, "input"), call.log("other"))
-    # Renormalised by something else, it is no probability any more; but those of picked actions are compared to old ones.
-    log = call.log("input")
-    if not (is_selection(log) or len(log.shape) == 1) or call.leaf("other").shape != log.shape:
+    if renormalises(call.log("input"), call.weight("other").shape):
         raise Unrecognised
-    return build.subtract(log, _unknown(call, "other"))
+    return build.subtract(call.log("input"), _unknown(call, "other"))
+
+
+def _is_no_softmax(call: Call) -> bool:
+    """Whether it was masked after the softmax, and is divided by something else than its total."""
+    log = call.log("input")
+    return is_disguised(log) and not (call.known("other") and is_renormalised(log, call.log("other")))
 
 
 def _unknown(call: Call, name: str) -> Term:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from string import ascii_letters
 
 from nanguard.algebra import build, totals
 from nanguard.algebra import operators as ops
-from nanguard.algebra.call import Call, Operand
+from nanguard.algebra.call import Call, Operand, normal_dim
 from nanguard.algebra.pattern import is_over_probabilities
 from nanguard.algebra.registry import law
 from nanguard.algebra.term import Term, Unrecognised
@@ -84,6 +85,20 @@ def matmul(call: Call) -> Term:
     return _product(first, second, left, right, (rank - 2 if len(b) > 1 else rank - 1,))
 
 
+# p_i q_j
+@law(
+    """
+    torch.outer(input, vec2)
+    torch.ger(input, vec2)
+    torch.Tensor.outer(input, vec2)
+    torch.Tensor.ger(input, vec2)
+    """
+)
+def outer(call: Call) -> Term:
+    first, second = _Factor(call, call["input"]), _Factor(call, call["vec2"])
+    return _product(first, second, build.reshape(first.term, (*first.term.shape, 1)), second.term, ())
+
+
 # the same with the second factor transposed
 @law("torch.nn.functional.linear(input, weight, bias=None)")
 def linear(call: Call) -> Term:
@@ -116,6 +131,32 @@ def einsum(call: Call) -> Term:
     if len(factors) == 2:
         return _product(factors[0], factors[1], parts[0], parts[1], dims)
     return totals.logsumexp(parts[0], dims, False)
+
+
+# the same with the letters given by their places
+@law("torch.tensordot(input, other, dims=2, out=None)")
+def tensordot(call: Call) -> Term:
+    call.absent("out")
+    first, second = _Factor(call, call["input"]), _Factor(call, call["other"])
+    a, b = len(first.term.shape), len(second.term.shape)
+    dims = call["dims"]
+    if type(dims) is int:
+        dims = (range(a - dims, a), range(dims))
+    if not isinstance(dims, (tuple, list)) or len(dims) != 2:
+        raise Unrecognised
+    left, right = (
+        [normal_dim(dim, rank) for dim in (entry if isinstance(entry, (tuple, list, range)) else (entry,))]
+        for entry, rank in zip(dims, (a, b), strict=True)
+    )
+    if a + b > len(ascii_letters) or len(left) != len(right):
+        raise Unrecognised
+    one, other = list(ascii_letters[:a]), list(ascii_letters[a : a + b])
+    for dim, match in zip(left, right, strict=True):
+        other[match] = one[dim]
+    summed = "".join(one[dim] for dim in left)
+    output = "".join(letter for letter in one + other if letter not in summed)
+    parts = [_spread(first, "".join(one), output + summed), _spread(second, "".join(other), output + summed)]
+    return _product(first, second, parts[0], parts[1], tuple(range(len(output), len(output) + len(summed))))
 
 
 def _spread(factor: _Factor, word: str, every: str) -> Term:

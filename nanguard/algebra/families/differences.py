@@ -8,6 +8,7 @@ from __future__ import annotations
 from nanguard.algebra import build, sums
 from nanguard.algebra import operators as ops
 from nanguard.algebra.call import Call
+from nanguard.algebra.families.exponential import multiplied
 from nanguard.algebra.pattern import core_is
 from nanguard.algebra.registry import law, rule
 from nanguard.algebra.term import Term, Unrecognised
@@ -30,10 +31,10 @@ from nanguard.algebra.term import Term, Unrecognised
     branch="follows",
 )
 def sub(call: Call) -> Term:
+    if call.known("input") and call.known("other"):
+        return sums.difference(call.log("input"), multiplied(call, "other"))
     if call.arguments.get("alpha", 1) != 1:
         raise Unrecognised
-    if call.known("input") and call.known("other"):
-        return sums.difference(call.log("input"), call.log("other"))
     if call.known("input"):
         return build.expand(sums.plus_constant(call.log("input"), -call.number("other")), call.shape)
     return build.expand(sums.plus_constant(build.minus(call.log("other")), call.number("input")), call.shape)

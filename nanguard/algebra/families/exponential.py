@@ -108,12 +108,19 @@ def cumsum(call: Call) -> Term:
     branch="follows",
 )
 def add(call: Call) -> Term:
+    if call.known("input") and call.known("other"):
+        return sums.logaddexp(call.log("input"), multiplied(call, "other"))
     if call.arguments.get("alpha", 1) != 1:
         raise Unrecognised
-    if call.known("input") and call.known("other"):
-        return sums.logaddexp(call.log("input"), call.log("other"))
     constant, tensor = ("other", "input") if call.known("input") else ("input", "other")
     return build.expand(sums.plus_constant(call.log(tensor), call.number(constant)), call.shape)
+
+
+def multiplied(call: Call, name: str) -> Term:
+    """The logarithm of an operand times `alpha`."""
+    if call.arguments.get("alpha", 1) == 1:
+        return call.log(name)
+    return build.shift(call.log(name), math.log(call.positive("alpha")))
 
 
 # p + w (q - p) = (1 - w) p + w q

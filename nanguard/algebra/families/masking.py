@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from nanguard.algebra import build, totals
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import positive
-from nanguard.algebra.call import Call, Operand
+from nanguard.algebra.call import Call, Operand, normal_dim
 from nanguard.algebra.registry import Names, law, rule
 from nanguard.algebra.term import Apply, Term, Unrecognised
 
@@ -45,7 +46,7 @@ def _not_negative(number: float) -> float:
     branch="selects",
 )
 def masked_fill(call: Call) -> Term:
-    log, value = positive(call.log()), _not_negative(call.number("value"))
+    log, value = call.log(), _not_negative(call.number("value"))
     if build.broadcast_shapes(log.shape, call.index("mask").shape) != log.shape:
         raise Unrecognised
     return Apply(ops.MASKED, (log,), log.shape, mask=call.index("mask"), value=_log(value))
@@ -61,10 +62,13 @@ def _zero(number: float) -> None:
         raise Unrecognised
 
 
-# elements left out of a total
+# elements left out of a total, or zeros that are filled one after the other
 @law("torch.Tensor.__setitem__(input, key, value)")
 def set_item(call: Call) -> Term:
-    log, key = positive(call.log()), call["key"]
+    key = call["key"]
+    if call.known("value"):
+        return _filled(_base(call), positive(call.log("value")), key)
+    log = positive(call.log())
     _zero(call.number("value"))
     if isinstance(key, Operand):
         key = key.leaf
@@ -73,11 +77,52 @@ def set_item(call: Call) -> Term:
     return Apply(ops.SET_ITEM, (log,), log.shape, key=key, value=-math.inf)
 
 
+def _filled(base: Term, value: Term, key: Any) -> Term:
+    """An assignment to anything but such a buffer is an edit."""
+    whole = key if isinstance(key, tuple) else (key,)
+    if not build.is_op(base, ops.FULL, ops.WRITTEN) or not all(type(entry) in (int, slice) for entry in whole):
+        raise Unrecognised
+    return Apply(ops.WRITTEN, (value, base), base.shape, key=key)
+
+
 @law("torch.Tensor.fill_diagonal_(input, fill_value, wrap=False)")
 def fill_diagonal(call: Call) -> Term:
     log = positive(call.log())
     _zero(call.number("fill_value"))
     return Apply(ops.FILLED_DIAGONAL, (log,), log.shape, value=-math.inf, wrap=bool(call["wrap"]))
+
+
+# 0 above, or below, a diagonal
+@law("torch.tril(input, diagonal=0)\n torch.Tensor.tril(input, diagonal=0)")
+def tril(call: Call) -> Term:
+    return _triangle(call, upper=False)
+
+
+@law("torch.triu(input, diagonal=0)\n torch.Tensor.triu(input, diagonal=0)")
+def triu(call: Call) -> Term:
+    return _triangle(call, upper=True)
+
+
+def _triangle(call: Call, *, upper: bool) -> Term:
+    log, diagonal = positive(call.log()), call["diagonal"]
+    if type(diagonal) is not int:
+        raise Unrecognised
+    return Apply(ops.TRIANGLE, (log,), log.shape, diagonal=diagonal, upper=upper)
+
+
+# 0 all around a diagonal
+@law(
+    """
+    torch.diag_embed(input, offset=0, dim1=-2, dim2=-1)
+    torch.Tensor.diag_embed(input, offset=0, dim1=-2, dim2=-1)
+    """
+)
+def diag_embed(call: Call) -> Term:
+    log, offset = positive(call.log()), call["offset"]
+    if type(offset) is not int:
+        raise Unrecognised
+    first, second = (normal_dim(call[name], len(call.shape)) for name in ("dim1", "dim2"))
+    return Apply(ops.ON_DIAGONAL, (log,), call.shape, offset=offset, dim1=first, dim2=second)
 
 
 # a number all around

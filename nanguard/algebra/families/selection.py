@@ -9,9 +9,10 @@ from typing import Any
 
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
+from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call, Operand
 from nanguard.algebra.registry import law
-from nanguard.algebra.term import Shape, Term, Unrecognised
+from nanguard.algebra.term import Apply, Shape, Term, Unrecognised
 
 
 # some of the elements
@@ -93,13 +94,30 @@ def narrow(call: Call) -> Term:
     """
     torch.chunk(input, chunks, dim=0)
     torch.split(input, split_size_or_sections, dim=0)
+    torch.tensor_split(input, indices_or_sections, dim=0)
     torch.Tensor.chunk(input, chunks, dim=0)
     torch.Tensor.split(input, split_size, dim=0)
+    torch.Tensor.tensor_split(input, indices_or_sections, dim=0)
     """
 )
 def split(call: Call) -> Term:
+    return _part(call, call.dim(call.log().shape))
+
+
+@law("torch.vsplit(input, indices)\n torch.Tensor.vsplit(input, *indices)")
+def vsplit(call: Call) -> Term:
+    return _part(call, 0)
+
+
+@law("torch.hsplit(input, indices)\n torch.Tensor.hsplit(input, *indices)")
+def hsplit(call: Call) -> Term:
+    return _part(call, min(len(call.log().shape), 2) - 1)
+
+
+def _part(call: Call, dim: int) -> Term:
     log = call.log()
-    dim = call.dim(log.shape)
+    if sum(shape[dim] for shape in call.shapes) != log.shape[dim]:
+        raise Unrecognised  # parts by indices out of order overlap
     start = sum(shape[dim] for shape in call.shapes[: call.position])
     return build.rearrange(ops.NARROW, (log,), call.shape, dim=dim, start=start, length=call.shape[dim])
 
@@ -122,13 +140,13 @@ def diagonal(call: Call) -> Term:
     return build.rearrange(ops.DIAGONAL, (log,), call.shape, offset=int(call.number("offset")), dim1=first, dim2=second)
 
 
-# the diagonal of a matrix
+# the diagonal of a matrix, or a matrix with that diagonal
 @law("torch.diag(input, diagonal=0)\n torch.Tensor.diag(input, diagonal=0)")
 def diag(call: Call) -> Term:
-    log = call.log()
+    log, offset = call.log(), int(call.number("diagonal"))
     if len(log.shape) != 2:
-        raise Unrecognised
-    return build.rearrange(ops.DIAGONAL, (log,), call.shape, offset=int(call.number("diagonal")), dim1=0, dim2=1)
+        return Apply(ops.ON_DIAGONAL, (positive(log),), call.shape, offset=offset, dim1=0, dim2=1)
+    return build.rearrange(ops.DIAGONAL, (log,), call.shape, offset=offset, dim1=0, dim2=1)
 
 
 # elements by their place in the whole

@@ -151,6 +151,24 @@ def hstack(call: Call) -> Term:
     return build.rearrange(ops.CAT, call.logs("tensors"), call.shape, dim=min(len(call.shape), 2) - 1)
 
 
+@law("torch.vstack(tensors)\n torch.row_stack(tensors)")
+def vstack(call: Call) -> Term:
+    parts = tuple(_at_least(log, 2, front=True) for log in call.logs("tensors"))
+    return build.rearrange(ops.CAT, parts, call.shape, dim=0)
+
+
+@law("torch.column_stack(tensors)")
+def column_stack(call: Call) -> Term:
+    parts = tuple(_at_least(log, 2, front=False) for log in call.logs("tensors"))
+    return build.rearrange(ops.CAT, parts, call.shape, dim=1)
+
+
+def _at_least(log: Term, rank: int, *, front: bool) -> Term:
+    """With dims of size 1 in front, or behind, so that there are `rank`."""
+    missing = (1,) * (rank - len(log.shape))
+    return build.reshape(log, (*missing, *log.shape) if front else (*log.shape, *missing))
+
+
 @law("torch.stack(tensors, dim=0)")
 def stack(call: Call) -> Term:
     return build.rearrange(ops.STACK, call.logs("tensors"), call.shape, dim=call.dim(call.shape))

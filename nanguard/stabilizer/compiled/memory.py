@@ -15,6 +15,8 @@ __all__ = ["Memory", "example", "is_plain", "tensors_in", "written"]
 
 # Nothing that they do shows in a version counter.
 _UNCOUNTED = frozenset({"detach_", "requires_grad_", "share_memory_"})
+# What may end that derivatives flow into a tensor.
+_DETACHING = frozenset({"detach_", "requires_grad_", "setattr", "__set__", "set_"})
 # What hands memory out, or puts other memory in its place.
 _ESCAPES = frozenset({"data_ptr", "numpy", "storage", "untyped_storage"})
 # Functions whose buffers are edited although no name says so.
@@ -121,12 +123,14 @@ class Memory:
 
     Attributes:
         edited: memory that anything writes into, ever.
+        tracked: memory into which derivatives flow, or flowed once.
         unseen: memory that something writes into although no node says so.
         inputs: memory that comes from outside. In another call it may overlap, although it did not when the graph was traced.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.edited: set[int | None] = set()
+        self.tracked: set[int | None] = set()
         self.inputs: set[int | None] = set()
         counts: Counter[int | None] = Counter()
         versions: dict[int | None, int] = {}
@@ -134,12 +138,17 @@ class Memory:
             for value in tensors_in(example(node)):
                 key = storage_key(value)
                 versions[key] = max(versions.get(key, 0), 0 if value.is_inference() else value._version)
+                if value.requires_grad:
+                    self.tracked.add(key)
                 if node.op in ("placeholder", "get_attr"):
                     self.inputs.add(key)
             keys = {storage_key(value) for target in written(node) for value in tensors_in(example(target))}
             self.edited |= keys
-            if getattr(node.target, "__name__", node.target) not in _UNCOUNTED:
+            name = getattr(node.target, "__name__", node.target)
+            if name not in _UNCOUNTED:
                 counts.update(keys)
+            if name in _DETACHING:
+                self.tracked |= keys
         self.edited |= {key for key, version in versions.items() if version}
         self.unseen = {key for key, version in versions.items() if version > counts[key]}
 
@@ -161,6 +170,10 @@ class Memory:
             return False
         key = storage_key(value)
         return key is not None and key not in self.unseen
+
+    def is_tracked(self, value: Tensor) -> bool:
+        """Whether derivatives may flow into a value; in memory that is edited, the example tells what it became in the end."""
+        return value.requires_grad or (self.is_edited(value) and storage_key(value) in self.tracked)
 
     def is_edited(self, value: Any) -> bool:
         """Whether anything ever writes into the memory of a value."""

@@ -245,8 +245,7 @@ class Reading:
         first = self._knowledge.node_of(node)
         source = Kept(first, self.node) if self._keep_source else first
         value = example(node)
-        # In memory that is edited somewhere, the example tells what it became in the end.
-        tracked = value.requires_grad or self._knowledge.memory.is_edited(value)
+        tracked = self._knowledge.memory.is_tracked(value)
         shape = shape_of(source, value)
         counts = value.ndim == 1 and counts_up(first, shape[0])
         return Leaf(source, shape, self._knowledge.version(value), tracked, lambda: counts)
