@@ -33,6 +33,8 @@ _DOMAINS = _names(
     "mvlgamma special_erfcx special_log_ndtr linalg_cholesky_ex linalg_inv_ex _linalg_solve_ex linalg_lu_solve"
 )
 _DETERMINANTS = _names("_linalg_slogdet linalg_slogdet logdet slogdet")
+# Their derivatives divide by differences of values, which fail whatever gradient arrives, also one of 0.
+_DECOMPOSITIONS = _names("_linalg_eigh linalg_eig _linalg_svd linalg_qr linalg_cholesky_ex linalg_lu_factor_ex")
 _GROWING = _names("lgamma tan")  # also overflow, where their argument is no pole
 
 
@@ -116,7 +118,8 @@ def _power(evidence: Evidence) -> Cause:
 
 
 def _backward(finding: Finding, evidence: Evidence) -> Cause:
-    if evidence.zero and (evidence.masked or evidence.meant):
+    masked = evidence.masked and finding.origin.op not in _DECOMPOSITIONS
+    if evidence.zero and (masked or evidence.meant):
         return "masked_branch"
     forward = finding.forward
     if forward is not None:  # its value was non-finite already, and did not show in the loss

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanguard.diagnosis.descent import Descents
 from nanguard.diagnosis.evidence import evidence_of, judged, same_place
+from nanguard.diagnosis.masking import MaskedGradients
 from nanguard.diagnosis.naming import function_of, module_names, place_here, recomputing
 from nanguard.diagnosis.operations import JUDGED, ROWS, STATISTICS, Operation, arguments, operation, row_masked
 from nanguard.diagnosis.records import Record, Source, Value, Write, storage_of
@@ -51,6 +52,7 @@ class Trace(TorchDispatchMode):
         from_batch = {storage_of(tensor) for tensor in batch}
         self._suspects = {*from_batch, *(storage_of(tensor) for tensor in weights)}
         self._descents = Descents(root, from_batch)
+        self._masked = MaskedGradients()
         self._made: set[int] = set()
         self._seen: set[tuple[Any, ...]] = set()
         self._kept: list[Tensor] = []
@@ -100,7 +102,9 @@ class Trace(TorchDispatchMode):
         results = [value for value in arguments([result]) if isinstance(value, Tensor)]
         record = self._record(known)
         record.given = descents
-        self._descents.follow(known, descents, tensors, results, sources, backward=record.backward)
+        self._descents.follow(known, descents, tensors, results, sources)
+        if record.backward:
+            self._masked.follow(known, tensors, results)
         if known.empty:
             self._made.update(storage_of(tensor) for tensor in results)
             return result
@@ -207,7 +211,7 @@ class Trace(TorchDispatchMode):
             write = Write(record, value)
             record.writes.append(write)
             self._remember(tensor, write)
-        new = evidence_of(record, bad[0][0], given, self._descents.masked)
+        new = evidence_of(record, bad[0][0], given, self._masked.of)
         if new is not None:
             record.evidence = new
         elif record.backward:
@@ -228,7 +232,7 @@ class Trace(TorchDispatchMode):
         makers = [write.record for source in sources for write in source.writes]
         if not any(source.saved for source in sources) and all(m.sequence != record.sequence for m in makers):
             return
-        more = evidence_of(record, tensor, kept, self._descents.masked, continued=True)
+        more = evidence_of(record, tensor, kept, self._masked.of, continued=True)
         if more is None:
             return
         if all(source.saved for source in sources):

@@ -76,6 +76,16 @@ class HingeOfADistance(Small):
 
 
 @bug("aten.sqrt", "singular_gradient", **PART)
+class HingeThatIsIndexed(Small):
+    """What is indexed afterwards has no part in the gradient of 0."""
+
+    def loss(self, h, y, s):
+        distance = (h * s).pow(2).sum(1).sqrt()  # <- here
+        hinge = F.relu(distance - 1e-3)
+        return hinge[torch.arange(len(h))].mean() + torch.where(y > 9, 0.0, hinge).mean()
+
+
+@bug("aten.sqrt", "singular_gradient", **PART)
 class SquaredRoot(Small):
     """The gradient that arrives is 0 by chance, not by a mask."""
 
