@@ -36,12 +36,16 @@ class Descents:
     Args:
         root: module whose parameters and buffers are told apart by name.
         batch: memory that comes from the batch.
+
+    Attributes:
+        informed: whether the program has read a number out of the batch.
     """
 
     def __init__(self, root: nn.Module, batch: Iterable[int]) -> None:
         self._known = {storage_of(tensor): _leaf("buffer", name) for name, tensor in root.named_buffers()}
         self._known |= {storage_of(tensor): _leaf("parameter", name) for name, tensor in root.named_parameters()}
         self._known |= {storage: Descent(batch=True) for storage in batch}
+        self.informed = False
         self._storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
 
     def given(self, values: list[Any]) -> Given:
@@ -57,6 +61,8 @@ class Descents:
         sources: list[Source],
     ) -> None:
         """Takes note of what an operation has made of what it was given."""
+        if known.name == "aten._local_scalar_dense":
+            self.informed |= any(isinstance(entry, Descent) and entry.batch for entry in given)
         made = [self._identity(tensor) for tensor in results]
         if not (known.view and all(storage in self._known for storage in made)):
             descent = _descent(known.name, given, tensors, sources)

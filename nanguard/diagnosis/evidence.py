@@ -152,12 +152,15 @@ def evidence_of(
         masked=by_mask,
         meant=meant,
         row=record.row_masked or _normalised(record, guilty),
-        independent=tuple(i for i, value in enumerate(record.given) if not _depends(value)),
+        independent=tuple(i for i, value in enumerate(record.given) if not _may_depend(value, record.informed)),
     )
 
 
-def _depends(value: Descent | float) -> bool:
-    return not isinstance(value, float) and value.batch
+def _may_depend(value: Descent | float, informed: bool) -> bool:
+    """Whether a value may depend on the batch; numbers and constants may, once the program has read a number out of it."""
+    if isinstance(value, float):
+        return informed
+    return value.batch or (informed and not value.weights)
 
 
 def _values(value: Any, shape: torch.Size, spots: Spots) -> Tensor:

@@ -101,7 +101,7 @@ class Trace(TorchDispatchMode):
         result = func(*args, **kwargs)
         results = [value for value in arguments([result]) if isinstance(value, Tensor)]
         record = self._record(known)
-        record.given = descents
+        record.given, record.informed = descents, self._descents.informed
         self._descents.follow(known, descents, tensors, results, sources)
         if record.backward:
             self._masked.follow(known, tensors, results)
