@@ -65,12 +65,16 @@ class Collation:
         whole = self._batch(samples)
         if batch_size(whole, size) != size:
             return None
-        alone: dict[int, Any] = {}
+        alone: dict[tuple[int, int], Any] = {}
 
         def made_of(row: int, position: int) -> bool:
-            if position not in alone:
-                alone[position] = self._batch([samples[position]] * len(samples))
-            return _same(take(whole, [row], size), take(alone[position], [row], size))
+            found = take(whole, [row], size)
+            for more in (0, 1) if _as_long(samples[position], size) else (0,):
+                if (position, more) not in alone:
+                    alone[position, more] = self._batch([samples[position]] * (len(samples) + more))
+                if _same(found, take(alone[position, more], [row], size + more)):
+                    return True
+            return False
 
         if len(rows) > _MOST_ROWS:  # spot checks: each costs a batch
             spots = rows[:: len(rows) // _MOST_ROWS]
@@ -92,6 +96,11 @@ class Collation:
         return _seeded(lambda: collate([copy.deepcopy(sample) for sample in samples]))
 
 
+def _as_long(sample: Any, size: int) -> bool:
+    """Whether a sample is as long as the batch, so that it does not show in its copies which of the two a dimension is."""
+    return any(tensor.ndim > 0 and len(tensor) == size for _, tensor in named_tensors(sample, ""))
+
+
 def _seeded(call: Callable[[], Any]) -> Any:
     random.seed(0)
     torch.default_generator.manual_seed(0)
@@ -102,8 +111,10 @@ def _seeded(call: Callable[[], Any]) -> Any:
 
 def _same(row: Any, other: Any) -> bool:
     """Whether two rows hold the same, but for the padding that longer samples beside them call for."""
-    pairs = list(zip(named_tensors(row, ""), named_tensors(other, ""), strict=True))
-    return bool(pairs) and all(a == b and _equal(left, right) for (a, left), (b, right) in pairs)
+    ours, others = list(named_tensors(row, "")), list(named_tensors(other, ""))
+    if not ours or len(ours) != len(others):
+        return False
+    return all(a == b and _equal(left, right) for (a, left), (b, right) in zip(ours, others, strict=True))
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:
