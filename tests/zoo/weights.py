@@ -204,3 +204,16 @@ class TemperatureOfEveryOtherStep(Small):
         if batch_idx % 2:
             h = h / self.temperature  # <- here
         return F.cross_entropy(h, y)
+
+
+@bug("aten.mul", "parameters", tensor="scales[1]", **ANY)
+class ListOfTensors(Spoiled):
+    def __init__(self):
+        super().__init__()
+        self.scales = [torch.ones(4), torch.ones(4)]
+
+    def loss(self, h, y, s):
+        return (h * self.scales[0] * self.scales[1]).square().mean()  # <- here
+
+    def spoil(self):
+        self.scales[1][0] = NAN
