@@ -31,7 +31,7 @@ _NORMALISATIONS = _names(
 _DOMAINS = _names(
     "sqrt rsqrt acos asin acosh atanh erfinv logit log1p lgamma digamma polygamma special_zeta tan _ctc_loss igamma igammac "
     "mvlgamma special_erfcx special_log_ndtr special_ndtri special_entr linalg_cholesky_ex "
-    "linalg_inv_ex _linalg_solve_ex linalg_lu_solve"
+    "linalg_inv_ex _linalg_solve_ex linalg_lu_solve linalg_solve_triangular"
 )
 _DETERMINANTS = _names("_linalg_slogdet linalg_slogdet logdet slogdet")
 # Their derivatives divide by differences of values, which fail whatever gradient arrives, also one of 0.

@@ -173,7 +173,7 @@ def _values(value: Any, shape: torch.Size, spots: Spots) -> Tensor:
 
 def _masked_at(mask: Tensor | None, shape: torch.Size, spots: Spots) -> bool:
     at = None if mask is None else _at(mask, shape, spots)
-    return at is not None and bool(at.any())
+    return at is not None and bool(at.all())
 
 
 def _at(value: Tensor, shape: torch.Size, spots: Spots) -> Tensor | None:

@@ -1,13 +1,13 @@
 """Which elements of a gradient are 0 because the program masked, overwrote or left out what they belong to.
 
 1. A node of the backward pass that chooses elements gives 0 to all others. 2. What element-wise operations make of such a 0
-is one as well, if it is 0, and so is any 0 that another operation makes of them. 3. A 0 that comes about otherwise, as behind
-a `relu`, is none.
+is one as well, if it is 0, and so is a sum of them, and any 0 that another operation makes of them. 3. A 0 that comes about
+otherwise, as behind a `relu`, is none.
 """
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -48,13 +48,22 @@ class MaskedGradients:
             return None
         return found[1].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-    def follow(self, known: Operation, tensors: list[Tensor], results: list[Tensor]) -> None:
-        """Takes note of what an operation of the backward pass has made."""
+    def follow(self, known: Operation, call: Any, tensors: list[Tensor], results: list[Tensor]) -> None:
+        """Takes note of what an operation of the backward pass has made.
+
+        Args:
+            known: the operation.
+            call: the overload with its arguments.
+            tensors: what it was given.
+            results: what it has made.
+        """
         if known.view:
             return  # the same memory
         chooses = _chooses()
         given = [mask for tensor in tensors if (mask := self.of(tensor)) is not None]
         given += _factors(known, tensors)
+        if known.name == "aten.sum" and given and not chooses:
+            given = [_of_a_sum(call, given[0])]
         for tensor in results:
             if plain(tensor) and not tensor.is_nested:
                 self._note(tensor, _masked(known, tensor, given, chooses))
@@ -100,12 +109,18 @@ def _masked(known: Operation, tensor: Tensor, given: list[Tensor], chooses: bool
     if not chooses and not given:
         return None
     zero = tensor == 0
-    if not chooses and known.pointwise:
+    if not chooses and (known.pointwise or known.name == "aten.sum"):
         carried = [broadcast_to(mask, zero.shape) for mask in given]
         places = [mask for mask in carried if mask is not None]
         if len(places) == len(carried):
             zero &= torch.stack(places).any(0)
     return zero if bool(zero.any()) else None
+
+
+def _of_a_sum(call: Any, mask: Tensor) -> Tensor:
+    """Where all that is added up is masked."""
+    func, args, kwargs = call
+    return func((~mask).float(), *args[1:], **kwargs) == 0  # type: ignore[no-any-return]
 
 
 def _chooses() -> bool:

@@ -107,7 +107,7 @@ class Trace(TorchDispatchMode):
         record.given, record.informed = descents, self._descents.informed
         self._descents.follow(known, descents, tensors, results, sources)
         if record.backward:
-            self._masked.follow(known, tensors, results)
+            self._masked.follow(known, (func, args, kwargs), tensors, results)
         if known.empty:
             self._made.update(storage_of(tensor) for tensor in results)
             return result
