@@ -150,6 +150,8 @@ def _dataset_indices(
         return None
     if len(indices) == 1:
         return indices
+    if micro.parts is not None and micro.parts(micro.args[0]) is not None:
+        return tuple(indices[position] for position in samples)
     size = batch_size(micro.args[0], len(indices))
     if sources is not None:
         return None if size is None else sources(indices, samples, size)

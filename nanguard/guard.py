@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from nanguard.archive import Archive, Circumstances
 from nanguard.budget import SkipBudget
-from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun
+from nanguard.diagnosis import Diagnosis, MicroBatch, Parts, Rerun
 from nanguard.examination import Examination, Sources, incident_of
 from nanguard.incident import Action, Advice, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
@@ -128,6 +128,7 @@ class Guard:
         args: Sequence[Any],
         *,
         indices: tuple[int, ...] | None = None,
+        parts: Callable[[Any], Parts | None] | None = None,
         rewind: RngState | None = None,
         optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
@@ -137,6 +138,7 @@ class Guard:
             moment: where in the run it is.
             args: arguments of the training step.
             indices: the samples of the batch as indices into the dataset.
+            parts: gives what makes parts of the batch, as `MicroBatch` takes it.
             rewind: where random number streams go back to if the batch is left out, for loaders that draw while they fetch.
             optimizers: those that may move parameters before `judge` is called for the last time, as LBFGS does.
         """
@@ -144,7 +146,9 @@ class Guard:
             return
         self._observer.begin(moment.step, first=not self._window.attempts, optimizers=optimizers)
         kept = self._inputs.keep(args)
-        micro = MicroBatch(moment.batch_idx, kept, self._transaction.savepoint(), indices, self._stabilizer.needed)
+        micro = MicroBatch(
+            moment.batch_idx, kept, self._transaction.savepoint(), indices, self._stabilizer.needed, parts
+        )
         self._window.attempts.append(Attempt(moment, micro, micro.before, rewind))
         if self.policy.may_continue() or self.policy.stores_weights():
             self._window.follow(list(optimizers))

@@ -8,17 +8,19 @@ import operator
 import random
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate, default_convert
 
-from nanguard.diagnosis import batch_size, take
+from nanguard.diagnosis import Parts, batch_size, dimension_of, take
 from nanguard.rng import RngState
-from nanguard.trees import named_tensors
+from nanguard.trees import map_tensors, named_tensors
 
 __all__ = ["Collation"]
+
+T = TypeVar("T")
 
 _PLAIN = (default_collate, default_convert)
 _MOST_ROWS = 16
@@ -52,25 +54,56 @@ class Collation:
         """
         if self._collate is None or self._collate in _PLAIN:
             return tuple(indices[row] for row in rows) if size == len(indices) else None
-        before = RngState.save()
-        try:
-            return self._asked(indices, rows, size)
-        except Exception:  # a sample or a batch of one sample that cannot be made here tells nothing
+        return _aside(lambda: self._asked(indices, rows, size))
+
+    def parts(self, indices: Sequence[int], batch: Any) -> Parts | None:
+        """What collates the samples at some positions of a batch anew.
+
+        `None` where parts can be sliced out of the batch, and where the same samples do not make the same batch again.
+        """
+        if self._collate is None or self._collate in _PLAIN:
             return None
-        finally:
-            before.restore()
+        return _aside(lambda: self._anew(indices, batch))
+
+    def _anew(self, indices: Sequence[int], batch: Any) -> Parts | None:
+        samples = self._samples(indices)
+        whole = self._batch(samples)
+        if not self._joined(samples, whole) or not _identical(whole, batch):
+            return None
+        device = next(tensor.device for _, tensor in named_tensors(batch, ""))
+
+        def part(positions: Sequence[int]) -> Any:
+            found = _aside(lambda: self._batch([samples[position] for position in positions]))
+            return map_tensors(lambda tensor: tensor.to(device), found)
+
+        return part
+
+    def _samples(self, indices: Sequence[int]) -> list[Any]:
+        return [_seeded(functools.partial(operator.getitem, self._dataset, index)) for index in indices]
+
+    def _joined(self, samples: list[Any], whole: Any) -> bool:
+        """Whether the samples of a batch are strung together, as the nodes of several graphs, so that it has no rows."""
+        one = dict(named_tensors(self._batch(samples[:1]), ""))
+        return len(samples) > 1 and any(
+            dimension_of(tensor, len(samples)) is None and path in one and one[path].shape != tensor.shape
+            for path, tensor in named_tensors(whole, "")
+        )
 
     def _asked(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
-        samples = [_seeded(functools.partial(operator.getitem, self._dataset, index)) for index in indices]
+        samples = self._samples(indices)
         whole = self._batch(samples)
         if batch_size(whole, size) != size:
             return None
-        alone: dict[int, Any] = {}
+        alone: dict[tuple[int, int], Any] = {}
 
         def made_of(row: int, position: int) -> bool:
-            if position not in alone:
-                alone[position] = self._batch([samples[position]] * len(samples))
-            return _same(take(whole, [row], size), take(alone[position], [row], size))
+            found = take(whole, [row], size)
+            for more in (0, 1) if _as_long(samples[position], size) else (0,):
+                if (position, more) not in alone:
+                    alone[position, more] = self._batch([samples[position]] * (len(samples) + more))
+                if _same(found, take(alone[position, more], [row], size + more)):
+                    return True
+            return False
 
         if len(rows) > _MOST_ROWS:  # spot checks: each costs a batch
             spots = rows[:: len(rows) // _MOST_ROWS]
@@ -92,6 +125,31 @@ class Collation:
         return _seeded(lambda: collate([copy.deepcopy(sample) for sample in samples]))
 
 
+def _aside(call: Callable[[], T]) -> T | None:
+    """What a call gives, `None` where it fails, with the random numbers of the run put back."""
+    before = RngState.save()
+    try:
+        return call()
+    except Exception:  # a sample or a batch of one sample that cannot be made here tells nothing
+        return None
+    finally:
+        before.restore()
+
+
+def _identical(batch: Any, other: Any) -> bool:
+    """Whether two batches hold the same numbers, on whatever devices."""
+    ours, others = list(named_tensors(batch, "")), list(named_tensors(other, ""))
+    return [path for path, _ in ours] == [path for path, _ in others] and all(
+        left.shape == right.shape and left.dtype == right.dtype and _equal(left.cpu(), right.cpu())
+        for (_, left), (_, right) in zip(ours, others, strict=True)
+    )
+
+
+def _as_long(sample: Any, size: int) -> bool:
+    """Whether a sample is as long as the batch, so that it does not show in its copies which of the two a dimension is."""
+    return any(tensor.ndim > 0 and len(tensor) == size for _, tensor in named_tensors(sample, ""))
+
+
 def _seeded(call: Callable[[], Any]) -> Any:
     random.seed(0)
     torch.default_generator.manual_seed(0)
@@ -102,8 +160,10 @@ def _seeded(call: Callable[[], Any]) -> Any:
 
 def _same(row: Any, other: Any) -> bool:
     """Whether two rows hold the same, but for the padding that longer samples beside them call for."""
-    pairs = list(zip(named_tensors(row, ""), named_tensors(other, ""), strict=True))
-    return bool(pairs) and all(a == b and _equal(left, right) for (a, left), (b, right) in pairs)
+    ours, others = list(named_tensors(row, "")), list(named_tensors(other, ""))
+    if not ours or len(ours) != len(others):
+        return False
+    return all(a == b and _equal(left, right) for (a, left), (b, right) in zip(ours, others, strict=True))
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, final
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset
 
+from nanguard.diagnosis import Parts
 from nanguard.patches import Patches
 from nanguard.provenance import Collation
 
@@ -115,6 +116,10 @@ class SampleRecord:
     def sources(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
         """Which of these samples rows of their batch, which has so many, were made of; see `Collation.sources`."""
         return self._collation.sources(indices, rows, size) if self._collation is not None else None
+
+    def parts(self, indices: Sequence[int] | None, batch: Any) -> Parts | None:
+        """What makes parts of the batch of these samples where they cannot be sliced out of it; see `Collation.parts`."""
+        return self._collation.parts(indices, batch) if self._collation is not None and indices is not None else None
 
     def close(self) -> None:
         """Gives the loaders their samplers back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -222,6 +223,7 @@ class Session:
             moment_of(trainer, batch_idx),
             args,
             indices=indices,
+            parts=functools.partial(self._samples.parts, indices),
             rewind=rewind,
             optimizers=trainer.optimizers if self._moves_early() else (),
         )

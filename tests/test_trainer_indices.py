@@ -241,6 +241,19 @@ def test_sentences_sorted_by_length_and_padded(tmp_path: Path, workers: int) -> 
     assert {index for incident in run.incidents for index in incident.dataset_indices} == BAD
 
 
+class Listener(Reader):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.layer(torch.stack([words.sum(0, keepdim=True) for words in batch])).mean()
+
+
+def test_sentences_in_a_list_some_as_long_as_the_batch(tmp_path: Path) -> None:
+    assert any(len(Sentences()[index]) == 3 for index in BAD)
+    loader = DataLoader(Sentences(), batch_size=3, shuffle=True, collate_fn=list)
+    guard = policy(tmp_path, capture={"enabled": False}, budget={"consecutive": 50})
+    run = fit(tmp_path, Listener, loader, guard)
+    assert {index for incident in run.incidents for index in incident.dataset_indices or (None,)} == BAD
+
+
 def test_rows_that_are_mixed_of_several_samples_are_none_of_them(tmp_path: Path) -> None:
     assert set(found(tmp_path, DataLoader(Numbers(), batch_size=6, collate_fn=_mixed))) == {None}
 

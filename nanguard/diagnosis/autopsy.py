@@ -212,8 +212,11 @@ class _Case:
             # No batch is known to have been well. A weight that is used whatever the batch is fails with each of them.
             return finding.external is not None and not self._picks(finding)
         # What an operation was given there does not depend on the batch, so no batch can be well.
+        evidence = finding.evidence
+        if evidence is None or finding.origin.phase != "forward":
+            return False
         operand = guilty_operand(finding, found.cause)
-        return operand is not None and finding.evidence is not None and operand in finding.evidence.independent
+        return operand in evidence.independent or len(evidence.independent) == len(evidence.guilty) > 0
 
     def _picks(self, finding: Finding) -> bool:
         return finding.kernel in ("aten.embedding", "aten.index", "aten.index_select", "aten.gather")
@@ -258,10 +261,11 @@ class _Case:
     def _samples(
         self, found: Diagnosis, finding: Finding, forward: bool
     ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-        size = self._size
+        args, indices = self._micro.args, self._micro.indices
+        part = self._micro.parts(args[0]) if self._micro.parts is not None and args else None
+        size = len(indices) if part is not None and indices is not None else self._size
         if size is None:
             return None, ("The samples are not known: the batch shows no leading dimension that all of it shares.",)
-        args = self._micro.args
 
         def fails_as(arguments: Sequence[Any]) -> bool | None:
             outcome, again = self.recorded(arguments, backward=not forward)
@@ -270,15 +274,17 @@ class _Case:
             return bool(outcome.fails) and outcome.forward == forward and finding.same_as(again)
 
         def fails(positions: Sequence[int]) -> bool | None:
-            return fails_as((take(args[0], positions, size), *copy_of(args[1:])))
+            batch = part(positions) if part is not None else take(args[0], positions, size)
+            return fails_as((batch, *copy_of(args[1:])))
 
         guess = _suggested(found, finding, named_leaves(args), size)
         search = SampleSearch(size, fails)
         positions = search.run(guess)
-        if len(positions) == size and 0 < len(guess) < size:
+        others = [position for position in range(size) if position not in guess]
+        if len(positions) == size and guess and others and part is None and not search.known_to_fail(others):
             # Random draws fall otherwise in a smaller batch: keep its size, and fill it up with a sample that is well.
-            well = next(position for position in range(size) if position not in guess)
-            if fails_as((replaced(args[0], guess, well, size), *copy_of(args[1:]))):
+            as_large = replaced(args[0], guess, others[0], size)
+            if fails_as((as_large, *copy_of(args[1:]))):
                 return tuple(guess), ()
         if not search.complete:
             return positions, (

@@ -12,7 +12,7 @@ from torch import Tensor
 from nanguard.inputs import copy_tensor
 from nanguard.trees import map_tensors, named_tensors
 
-__all__ = ["batch_size", "replaced", "take"]
+__all__ = ["batch_size", "dimension_of", "replaced", "take"]
 
 
 def batch_size(batch: Any, expected: int | None = None) -> int | None:
@@ -23,6 +23,8 @@ def batch_size(batch: Any, expected: int | None = None) -> int | None:
         expected: how many samples the loader has put into it, where that is known.
     """
     found = _lists(batch, expected)
+    if expected is not None and not found:
+        found = _lists(batch, None)
     lists: Counter[int] = Counter(map(len, found))
     tensors = [tensor for _, tensor in named_tensors(batch, "")]
     shaped = [tensor for tensor in tensors if tensor.ndim > 0 and not tensor.is_nested]
@@ -65,7 +67,7 @@ def _mapped(
     lists = {id(value) for value in _lists(batch, size) if len(value) == size}
 
     def change(tensor: Tensor) -> Tensor:
-        dim = _dimension(tensor, size)
+        dim = dimension_of(tensor, size)
         return copy_tensor(tensor) if dim is None else rows(tensor, dim)
 
     def whole(value: Any) -> Any:
@@ -76,7 +78,8 @@ def _mapped(
     return map_tensors(change, batch, whole=whole)
 
 
-def _dimension(tensor: Tensor, size: int | None) -> int | None:
+def dimension_of(tensor: Tensor, size: int | None) -> int | None:
+    """The dimension along which a tensor holds that many samples, `None` where it holds something else."""
     if tensor.is_nested or size is None:
         return None
     if tensor.ndim and tensor.shape[0] == size:
@@ -100,15 +103,23 @@ def _lists(value: Any, expected: int | None, depth: int = 0) -> list[Any]:
 
 
 def _of_samples(values: Any, expected: int | None) -> bool:
-    if not values or len({type(value) for value in values}) != 1:
+    if not values or len({type(value) for value in values}) != 1 or len(values) != (expected or len(values)):
         return False
     if isinstance(values[0], Tensor):
         lengths = {tensor.shape[0] if tensor.ndim else 0 for tensor in values}
         if expected is not None:
-            return len(values) == expected and lengths != {expected}
+            return lengths != {expected}
         return len(lengths) > 1 and len(values) > 2 and len({tensor.ndim for tensor in values}) == 1
     if isinstance(values[0], dict):  # samples that nobody has collated, rather than two batches
         return len(values) > 1 and len({tuple(value) for value in values}) == 1
     if type(values[0]) in (list, tuple):
-        return len(values) > 1 and len({len(value) for value in values}) == 1 and len(values[0]) != len(values)
+        if len(values) < 2 or len({len(value) for value in values}) != 1 or len(values[0]) == len(values):
+            return False
+        return not _columns(values)
     return isinstance(values[0], (str, int, float, bytes))
+
+
+def _columns(values: Any) -> bool:
+    """Whether lists hold the images of all samples, their targets, and so on, rather than what belongs to one sample."""
+    kinds = [{type(entry) for entry in value} for value in values]
+    return all(len(found) == 1 for found in kinds) and len(set().union(*kinds)) > 1

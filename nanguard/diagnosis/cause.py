@@ -30,9 +30,12 @@ _NORMALISATIONS = _names(
 # Functions that are defined on a part of the line only, or have poles.
 _DOMAINS = _names(
     "sqrt rsqrt acos asin acosh atanh erfinv logit log1p lgamma digamma polygamma special_zeta tan _ctc_loss igamma igammac "
-    "mvlgamma special_erfcx special_log_ndtr linalg_cholesky_ex linalg_inv_ex _linalg_solve_ex linalg_lu_solve"
+    "mvlgamma special_erfcx special_log_ndtr special_ndtri special_entr linalg_cholesky_ex "
+    "linalg_inv_ex _linalg_solve_ex linalg_lu_solve linalg_solve_triangular"
 )
 _DETERMINANTS = _names("_linalg_slogdet linalg_slogdet logdet slogdet")
+# Their derivatives divide by differences of values, which fail whatever gradient arrives, also one of 0.
+_DECOMPOSITIONS = _names("_linalg_eigh linalg_eig _linalg_svd linalg_qr linalg_cholesky_ex linalg_lu_factor_ex")
 _GROWING = _names("lgamma tan")  # also overflow, where their argument is no pole
 
 
@@ -116,7 +119,8 @@ def _power(evidence: Evidence) -> Cause:
 
 
 def _backward(finding: Finding, evidence: Evidence) -> Cause:
-    if evidence.zero and (evidence.masked or evidence.meant):
+    masked = evidence.masked and finding.origin.op not in _DECOMPOSITIONS
+    if evidence.zero and (masked or evidence.meant):
         return "masked_branch"
     forward = finding.forward
     if forward is not None:  # its value was non-finite already, and did not show in the loss

@@ -27,8 +27,8 @@ def fails_again(micro: MicroBatch, rerun: Rerun) -> bool:
 
 
 def fails_with(healthy: MicroBatch, micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -> bool:
-    """Whether a batch that was well an earlier time fails with the present weights."""
-    return bool(rerun(micro, copy_of(healthy.args), backward=backward).fails)
+    """Whether a batch that was well an earlier time fails with the present weights, in the place of the one that failed."""
+    return bool(rerun(micro, copy_of((*healthy.args[:1], *micro.args[1:])), backward=backward).fails)
 
 
 def fails_in_double(micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -> bool | None:

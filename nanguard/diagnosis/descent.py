@@ -1,8 +1,7 @@
 """Where values come from: whether from the batch, from which weights, and out of which functions.
 
 1. Each piece of memory has a `Descent`; that of a result is made of those of what the operation was given. 2. A trait begins
-at a function, such as ``exp``, and ends where arithmetic ends: what a layer makes of a softmax is no probability. 3. A
-backward pass is followed, too, for gradients that a mask of the program made 0.
+at a function, such as ``exp``, and ends where arithmetic ends: what a layer makes of a softmax is no probability.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanguard.diagnosis.naming import clean_name
-from nanguard.diagnosis.operations import MASKS, Operation
+from nanguard.diagnosis.operations import Operation
 from nanguard.diagnosis.records import Descent, Source, storage_of
-from nanguard.diagnosis.statistics import plain
 from nanguard.diagnosis.traits import begins, carried_on
 
 __all__ = ["Descents"]
@@ -38,13 +36,16 @@ class Descents:
     Args:
         root: module whose parameters and buffers are told apart by name.
         batch: memory that comes from the batch.
+
+    Attributes:
+        informed: whether the program has read a number out of the batch.
     """
 
     def __init__(self, root: nn.Module, batch: Iterable[int]) -> None:
         self._known = {storage_of(tensor): _leaf("buffer", name) for name, tensor in root.named_buffers()}
         self._known |= {storage_of(tensor): _leaf("parameter", name) for name, tensor in root.named_parameters()}
         self._known |= {storage: Descent(batch=True) for storage in batch}
-        self._masked: set[int] = set()
+        self.informed = False
         self._storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
 
     def given(self, values: list[Any]) -> Given:
@@ -58,22 +59,16 @@ class Descents:
         tensors: list[Tensor],
         results: list[Tensor],
         sources: list[Source],
-        *,
-        backward: bool,
     ) -> None:
         """Takes note of what an operation has made of what it was given."""
+        if known.name == "aten._local_scalar_dense":
+            self.informed |= any(isinstance(entry, Descent) and entry.batch for entry in given)
         made = [self._identity(tensor) for tensor in results]
         if not (known.view and all(storage in self._known for storage in made)):
             descent = _descent(known.name, given, tensors, sources)
             number = replace(descent, traits={})  # the place of a probability is none
             for tensor, storage in zip(results, made, strict=True):
                 self._known[storage] = descent if tensor.is_floating_point() or tensor.is_complex() else number
-        if backward:
-            self._follow_masks(known, tensors, made)
-
-    def masked(self, tensor: Tensor) -> bool:
-        """Whether a gradient is 0 because a mask of the program made it so."""
-        return storage_of(tensor) in self._masked
 
     def _of(self, tensor: Tensor) -> Descent:
         return self._known.get(self._identity(tensor), _NOWHERE)
@@ -84,13 +79,6 @@ class Descents:
         if storage not in self._storages and tensor.layout is torch.strided and not tensor.is_nested:
             self._storages[storage] = StorageWeakRef(tensor.untyped_storage())
         return storage
-
-    def _follow_masks(self, known: Operation, tensors: list[Tensor], made: list[int]) -> None:
-        given = [storage_of(tensor) for tensor in tensors]
-        if any(storage in self._masked for storage in given) or _masks(known, tensors):
-            self._masked.update(made)
-        else:
-            self._masked.difference_update([storage for storage in made if storage not in given])
 
 
 def _leaf(kind: str, name: str) -> Descent:
@@ -130,18 +118,3 @@ def _whole_rows(parents: list[Descent], tensors: list[Tensor], given: Given) -> 
     for dim in sorted(int(entry) for entry in given[1:] if isinstance(entry, float)) or range(mask.ndim):
         mask = mask.all(dim, keepdim=True)
     return bool(mask.any())
-
-
-def _masks(known: Operation, tensors: list[Tensor]) -> bool:
-    """Whether a backward operation gives a gradient of 0 to what a mask left out: also one that is multiplied."""
-    node = torch._C._current_autograd_node()
-    name = node.name() if node is not None else ""
-    if name.startswith(MASKS):
-        return True
-    if not name.startswith("MulBackward") or known.name != "aten.mul":
-        return False
-    return any(not tensor.requires_grad and plain(tensor) and _zeros_and_ones(tensor) for tensor in tensors[1:])
-
-
-def _zeros_and_ones(tensor: Tensor) -> bool:
-    return tensor.numel() > 0 and bool((tensor == 0).any()) and bool(((tensor == 0) | (tensor == 1)).all())

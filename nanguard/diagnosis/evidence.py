@@ -103,7 +103,7 @@ def evidence_of(
     record: Record,
     tensor: Tensor,
     given: list[Any],
-    masked: Callable[[Tensor], bool],
+    masked: Callable[[Tensor], Tensor | None],
     *,
     continued: bool = False,
 ) -> Evidence | None:
@@ -113,7 +113,7 @@ def evidence_of(
         record: the operation, with its sources and its result.
         tensor: the result.
         given: tensors and numbers that it was given, in order.
-        masked: whether a gradient is 0 because a mask of the program made it so.
+        masked: which elements of a gradient are 0 because a mask of the program made them so.
         continued: whether to look at all bad elements, also those that came in.
     """
     bad = record.writes[0].value.bad
@@ -136,8 +136,9 @@ def evidence_of(
         found = [(value, _at(value, new.shape, spots)) for value in tensors if plain(value)]
         zeros = [value for value, at in found if at is not None and bool((at == 0).all())]
     zero, nan_there = bool(zeros), bool(nan.any())
+    by_mask = any(_masked_at(masked(value), new.shape, spots) for value in zeros)
     if continued:
-        return Evidence(new, nan=nan_there, zero=zero, masked=any(map(masked, zeros)))
+        return Evidence(new, nan=nan_there, zero=zero, masked=by_mask)
     meant = any(source.value.meant is not None for source in record.sources)
     numbers = [torch.tensor(float(v), dtype=torch.float64) for v in given if not isinstance(v, Tensor)]
     shown = tensors + (numbers if record.kernel in JUDGED else [])
@@ -148,15 +149,18 @@ def evidence_of(
         guilty=guilty,
         nan=nan_there,
         zero=zero,
-        masked=any(map(masked, zeros)),
+        masked=by_mask,
         meant=meant,
         row=record.row_masked or _normalised(record, guilty),
-        independent=tuple(i for i, value in enumerate(record.given) if not _depends(value)),
+        independent=tuple(i for i, value in enumerate(record.given) if not _may_depend(value, record.informed)),
     )
 
 
-def _depends(value: Descent | float) -> bool:
-    return not isinstance(value, float) and value.batch
+def _may_depend(value: Descent | float, informed: bool) -> bool:
+    """Whether a value may depend on the batch; numbers and constants may, once the program has read a number out of it."""
+    if isinstance(value, float):
+        return informed
+    return value.batch or (informed and not value.weights)
 
 
 def _values(value: Any, shape: torch.Size, spots: Spots) -> Tensor:
@@ -165,6 +169,11 @@ def _values(value: Any, shape: torch.Size, spots: Spots) -> Tensor:
         return torch.tensor([float(value)], dtype=torch.float64)
     at = _at(value, shape, spots)
     return torch.empty(0) if at is None else (at.abs() if at.is_complex() else at).double()
+
+
+def _masked_at(mask: Tensor | None, shape: torch.Size, spots: Spots) -> bool:
+    at = None if mask is None else _at(mask, shape, spots)
+    return at is not None and bool(at.all())
 
 
 def _at(value: Tensor, shape: torch.Size, spots: Spots) -> Tensor | None:

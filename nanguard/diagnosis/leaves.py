@@ -15,6 +15,8 @@ from nanguard.trees import named_tensors
 
 __all__ = ["leaf_path", "meant_leaves", "named_leaves"]
 
+_MACHINERY = frozenset(vars(nn.Module()))
+
 
 def named_leaves(args: Sequence[Any]) -> list[tuple[str, Tensor]]:
     """The tensors in the arguments of a training step with their paths; the first argument is called ``batch``."""
@@ -47,8 +49,8 @@ def leaf_path(
 
 
 def _attributes(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that modules hold as plain attributes."""
+    """Tensors that modules hold as plain attributes, also in lists and dictionaries."""
     for prefix, module in root.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                yield f"{prefix}.{name}" if prefix else name, value
+            if isinstance(value, (Tensor, list, tuple, dict)) and name not in _MACHINERY:
+                yield from named_tensors(value, f"{prefix}.{name}" if prefix else name)

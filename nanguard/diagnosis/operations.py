@@ -13,7 +13,6 @@ __all__ = [
     "COPIES",
     "EMPTY",
     "JUDGED",
-    "MASKS",
     "ROWS",
     "STATISTICS",
     "Operation",
@@ -84,8 +83,6 @@ STATISTICS = frozenset(
 COPIES = frozenset(
     f"aten.{name}" for name in ("clone", "_to_copy", "copy", "contiguous", "_unsafe_view", "_reshape_copy")
 )
-# Nodes of the backward pass that give a gradient of 0 to what the program has masked out.
-MASKS = ("WhereBackward", "MaskedFillBackward", "MaskedSelectBackward", "MaskedScatterBackward", "IndexBackward")
 _SAME_SHAPE = frozenset(f"aten.{name}" for name in ("_to_copy", "copy", "clone", "native_dropout", "cumsum_none"))
 
 

@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanguard.diagnosis.descent import Descents
 from nanguard.diagnosis.evidence import evidence_of, judged, same_place
+from nanguard.diagnosis.masking import MaskedGradients
 from nanguard.diagnosis.naming import function_of, module_names, place_here, recomputing
 from nanguard.diagnosis.operations import JUDGED, ROWS, STATISTICS, Operation, arguments, operation, row_masked
 from nanguard.diagnosis.records import Record, Source, Value, Write, storage_of
 from nanguard.diagnosis.regions import covers, key_of, told_apart
-from nanguard.diagnosis.statistics import nonfinite, plain
+from nanguard.diagnosis.statistics import nonfinite, plain, readable
 
 __all__ = ["Trace"]
 
@@ -48,9 +49,11 @@ class Trace(TorchDispatchMode):
         self._names = module_names(root)
         self._stack: list[str] = [""]
         self._count = 0
+        self._numbered = _sequence_number()
         from_batch = {storage_of(tensor) for tensor in batch}
         self._suspects = {*from_batch, *(storage_of(tensor) for tensor in weights)}
         self._descents = Descents(root, from_batch)
+        self._masked = MaskedGradients()
         self._made: set[int] = set()
         self._seen: set[tuple[Any, ...]] = set()
         self._kept: list[Tensor] = []
@@ -86,8 +89,10 @@ class Trace(TorchDispatchMode):
         known = operation(func)
         if known.collective:
             raise RuntimeError(f"{known.name}: a collective of all processes cannot be run again by one of them")
-        given = arguments((*args, *kwargs.values())) if kwargs else arguments(args)
+        given = [readable(value) for value in arguments((*args, *kwargs.values()) if kwargs else args)]
         tensors = [value for value in given if isinstance(value, Tensor)]
+        if any(tensor.is_meta for tensor in tensors):  # it is after the shape of a result
+            return func(*args, **kwargs)
         # Before the call: an in-place operation overwrites what it was given.
         read = tensors
         if known.name in STATISTICS and len(args) > 5 and args[5] is True:
@@ -97,10 +102,12 @@ class Trace(TorchDispatchMode):
         kept = [value.clone() if overwrites and isinstance(value, Tensor) else value for value in given]
         descents = self._descents.given(given)
         result = func(*args, **kwargs)
-        results = [value for value in arguments([result]) if isinstance(value, Tensor)]
+        results = [readable(value) for value in arguments([result]) if isinstance(value, Tensor)]
         record = self._record(known)
-        record.given = descents
-        self._descents.follow(known, descents, tensors, results, sources, backward=record.backward)
+        record.given, record.informed = descents, self._descents.informed
+        self._descents.follow(known, descents, tensors, results, sources)
+        if record.backward:
+            self._masked.follow(known, (func, args, kwargs), tensors, results)
         if known.empty:
             self._made.update(storage_of(tensor) for tensor in results)
             return result
@@ -122,10 +129,14 @@ class Trace(TorchDispatchMode):
         self._count += 1
         node = torch._C._current_autograd_node()
         backward = node is not None and not (torch.is_grad_enabled() and recomputing())
+        numbers = self._new_numbers()
         if backward:
             sequence = node._sequence_nr()
-            # Inside functorch the forward operation is not known by its number: then the call of the derivative has to do.
-            place = place_here(within=sequence in self.forward)
+            home = self.forward.get(sequence)
+            if home is not None:  # what a derivative is made of has derivatives of its own
+                self.forward |= dict.fromkeys(numbers, home)
+            # Otherwise the call of the derivative has to do.
+            place = place_here(within=home is not None)
             return Record(self._count, known.name, self._stack[-1], place, True, sequence, function_of(node))
         place = place_here()
         if place.engine and node is None:  # the engine adds up the gradients of a tensor that was used several times
@@ -137,8 +148,15 @@ class Trace(TorchDispatchMode):
         else:
             self.modules.setdefault((known.name, place.frame), module)
         record = Record(self._count, known.name, module, place, False, None, pointwise=known.pointwise)
-        self.forward.setdefault(sequence, record)
+        # Inside functorch an operation has a number for each level of derivatives.
+        for number in (*numbers, sequence):
+            self.forward.setdefault(number, record)
         return record
+
+    def _new_numbers(self) -> range:
+        """The numbers that autograd has given out since the last operation."""
+        last, self._numbered = self._numbered, _sequence_number()
+        return range(last, self._numbered)
 
     def _judged(self, tensor: Tensor) -> Tensor | None:
         """Where a result is not finite. Takes note of it where it is finite everywhere."""
@@ -207,7 +225,7 @@ class Trace(TorchDispatchMode):
             write = Write(record, value)
             record.writes.append(write)
             self._remember(tensor, write)
-        new = evidence_of(record, bad[0][0], given, self._descents.masked)
+        new = evidence_of(record, bad[0][0], given, self._masked.of)
         if new is not None:
             record.evidence = new
         elif record.backward:
@@ -228,7 +246,7 @@ class Trace(TorchDispatchMode):
         makers = [write.record for source in sources for write in source.writes]
         if not any(source.saved for source in sources) and all(m.sequence != record.sequence for m in makers):
             return
-        more = evidence_of(record, tensor, kept, self._descents.masked, continued=True)
+        more = evidence_of(record, tensor, kept, self._masked.of, continued=True)
         if more is None:
             return
         if all(source.saved for source in sources):

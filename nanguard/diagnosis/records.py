@@ -148,6 +148,7 @@ class Record:
         met: of backward operations, what a gradient was that met a value which the forward pass had made non-finite.
         row_masked: whether a row that it reduced held nothing but infinities that were meant.
         given: where each of the tensors comes from that it was given, and the numbers.
+        informed: whether the program had read a number out of the batch before it, as ``item`` does.
     """
 
     index: int
@@ -168,3 +169,4 @@ class Record:
     mask_like: bool = False
     row_masked: bool = False
     given: tuple[Descent | float, ...] = ()
+    informed: bool = False

@@ -17,7 +17,10 @@ from nanguard.diagnosis.records import Mark
 from nanguard.sentinel import all_finite, finite_flags
 from nanguard.transaction import Savepoint, Transaction
 
-__all__ = ["MicroBatch", "Outcome", "Rerun", "apart"]
+__all__ = ["MicroBatch", "Outcome", "Parts", "Rerun", "apart"]
+
+# Makes a batch of the samples at some positions of another.
+Parts = Callable[[Sequence[int]], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,7 @@ class MicroBatch:
         before: the state before the call.
         indices: the samples as indices into the dataset, where the loader tells.
         stabilized: whether it ran under the stabiliser.
+        parts: gives what makes parts of the batch, where they cannot be sliced out of it, as of several graphs in one.
     """
 
     batch_idx: int
@@ -37,6 +41,7 @@ class MicroBatch:
     before: Savepoint
     indices: tuple[int, ...] | None = None
     stabilized: bool = False
+    parts: Callable[[Any], Parts | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)

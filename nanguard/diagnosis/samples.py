@@ -139,6 +139,10 @@ class SampleSearch:
             answer = self._run([*positions, *extra]) if len(extra) == padding else None
         return bool(answer)
 
+    def known_to_fail(self, positions: Sequence[int]) -> bool:
+        """Whether a sub-batch has been tried, and failed."""
+        return bool(self._known.get(tuple(positions)))
+
     def _run(self, positions: Sequence[int]) -> bool | None:
         key = tuple(positions)
         if key not in self._known:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanguard.incident import TensorStats
 
-__all__ = ["describe_tensor", "is_finite", "nonfinite", "plain"]
+__all__ = ["describe_tensor", "is_finite", "nonfinite", "plain", "readable"]
 
 _HALF = frozenset((torch.float16, torch.bfloat16))
 
@@ -17,6 +18,13 @@ _HALF = frozenset((torch.float16, torch.bfloat16))
 def plain(tensor: Tensor) -> bool:
     """Whether a tensor can hold a NaN, in memory that can be looked at."""
     return (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout is torch.strided
+
+
+def readable(value: Any) -> Any:
+    """Zeros without memory, which torch makes in second derivatives, as a tensor that can be read; all else as it is."""
+    if not isinstance(value, Tensor) or not value._is_zerotensor():
+        return value
+    return torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
 
 
 def is_finite(tensor: Tensor) -> bool:

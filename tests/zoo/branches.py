@@ -155,3 +155,49 @@ class WhereReciprocalRoot(Small):
         power = (h * s).square().mean(1)
         scale = power.rsqrt()  # <- here
         return torch.where(power > 0, scale, torch.ones_like(scale)).mean()
+
+
+@bug("aten.sqrt", "masked_branch", **TRAP)
+class OverwrittenAfterwards(Small):
+    def loss(self, h, y, s):
+        length = torch.sqrt((h * s).square().sum(1))  # <- here
+        length = length.clone()
+        length[s[:, 0] == 0] = 0.0
+        return length.mean()
+
+
+@bug("aten.sqrt", "masked_branch", samples=tuple(range(2)), bad=tuple(range(2)), **TRAP)
+class OverwrittenThroughAView(Small):
+    def loss(self, h, y, s):
+        length = torch.sqrt((h * s).square().sum(1)) * 1.0  # <- here
+        length[: int((s == 0).sum())] = 0.0
+        return length.mean()
+
+
+@bug("aten.sqrt", "masked_branch", samples=tuple(range(8)), batch_idx=0, count=None, **TRAP)
+class DiagonalOfDistances(Small):
+    def loss(self, h, y, s):
+        distances = (h[:, None] - h).square().sum(-1).sqrt()  # <- here
+        return torch.triu(distances, diagonal=1).mean()
+
+
+@bug("aten.log", "masked_branch", **TRAP)
+class PickedAfterwards(Small):
+    def loss(self, h, y, s):
+        logs = torch.log(h.sigmoid() * s)  # <- here
+        return logs.index_select(0, s[:, 0].nonzero()[:, 0]).sum() / len(h)
+
+
+@bug("aten.log", "masked_branch", **TRAP)
+class NumbersInPlaceOfNan(Small):
+    def loss(self, h, y, s):
+        p = h.sigmoid() * s
+        return torch.nan_to_num(p * p.log()).sum()  # <- here
+
+
+@bug("aten.sqrt", "masked_branch", **TRAP)
+class MultipliedByAShare(Small):
+    def loss(self, h, y, s):
+        length = (h * s).square().sum(1).sqrt()  # <- here
+        kept = (s[:, 0] > 0).float()
+        return (length * (kept / kept.sum())).sum()

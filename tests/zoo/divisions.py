@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zoo.base import Small, bug
+from zoo.base import Small, Whole, bug, rows
 
 ALL = tuple(range(8))
 
@@ -248,3 +248,17 @@ class ComplexImpedance(Small):
     def loss(self, h, y, s):
         impedance = torch.complex(h, h + 1) * s
         return (1 / impedance).abs().mean()  # <- here
+
+
+def _no_positives():
+    return [(x, y * 0 if position < 8 else y) for position, (x, y, _) in enumerate(rows())]
+
+
+@bug("aten.div", "division_by_zero", samples=tuple(range(8)), data=_no_positives, batch_idx=0, count=None)
+class CountAsANumber(Whole):
+    """The count is read out of the batch, and no longer a tensor when it divides."""
+
+    def loss_of(self, batch):
+        x, y = batch
+        positives = int((y > 0).sum())
+        return (self.body(x).square().sum(1) * (y > 0)).sum() / positives  # <- here

@@ -222,3 +222,9 @@ class SingularMatrix(Small):
         matrix = (h.view(-1, 2, 2) + 3 * torch.eye(2)) * s[:, :, None]
         inverse, _ = torch.linalg.inv_ex(matrix)  # <- here
         return inverse.square().sum()
+
+
+@bug("aten.special_ndtri", "invalid_domain")
+class QuantileOfZero(Small):
+    def loss(self, h, y, s):
+        return torch.special.ndtri(h.sigmoid() * s).mean()  # <- here

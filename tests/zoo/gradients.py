@@ -76,6 +76,16 @@ class HingeOfADistance(Small):
 
 
 @bug("aten.sqrt", "singular_gradient", **PART)
+class HingeThatIsIndexed(Small):
+    """What is indexed afterwards has no part in the gradient of 0."""
+
+    def loss(self, h, y, s):
+        distance = (h * s).pow(2).sum(1).sqrt()  # <- here
+        hinge = F.relu(distance - 1e-3)
+        return hinge[torch.arange(len(h))].mean() + torch.where(y > 9, 0.0, hinge).mean()
+
+
+@bug("aten.sqrt", "singular_gradient", **PART)
 class SquaredRoot(Small):
     """The gradient that arrives is 0 by chance, not by a mask."""
 
@@ -235,3 +245,22 @@ class GradientsThatAddUp(Small):
         huge = 2e38 * (1 - s)
         difference = h - h.detach()
         return (difference * huge).sum() + (difference * huge * 2).sum() + h.mean()  # <- here
+
+
+class NormByHand(nn.Module):
+    def forward(self, z):
+        spread = z.var(-1, keepdim=True, unbiased=False).sqrt()  # <- here
+        return (z - z.mean(-1, keepdim=True)) / (spread + 1e-5)
+
+
+@bug("aten.sqrt", "singular_gradient", module="norm", source=NormByHand, **PART)
+class FirstOfSeveralTokens(Small):
+    """All tokens of a sample fail, not only those that nobody uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = NormByHand()
+
+    def loss(self, h, y, s):
+        tokens = torch.stack([h, 2 * h, 3 * h], 1) * s[:, None]
+        return F.cross_entropy(self.norm(tokens)[:, 0], y)

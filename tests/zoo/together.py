@@ -114,3 +114,15 @@ class BesideBadInputsThatAreMaskedOut(Small):
         out = F.softmax(self.head(torch.cat([z[:, :2], h[:, 2:]], 1)), -1)
         error = torch.where(present, out.square(), torch.zeros_like(out)).sum(1)
         return error.mean()
+
+
+@bug("aten.div", "division_by_zero", samples=ALL, bad=ALL)
+class ClassesThatNobodyHas(Small):
+    """A row for each of eight classes, of which none is a row of the batch: each sample alone leaves seven empty, too."""
+
+    def loss(self, h, y, s):
+        classes = y * s[:, 0].long()
+        totals = torch.zeros(8, 4).index_add(0, classes, h)
+        counts = torch.zeros(8).index_add(0, classes, torch.ones(len(h))) + s.mean()
+        means = totals / counts[:, None]  # <- here
+        return means.square().mean()

@@ -179,3 +179,41 @@ class PlainAttribute(Spoiled):
 
     def spoil(self):
         self.factor[0] = NAN
+
+
+@bug("aten.pow", "overflow", batch_idx=0, **ANY)
+class ConstantsThatOverflow(Small):
+    """Neither batch nor weights have a part in it."""
+
+    def loss(self, h, y, s):
+        discount = 0.5 ** -torch.arange(0.0, 200.0, 50.0)  # <- here
+        return (h * discount).sum()
+
+
+@bug("aten.div", "division_by_zero", **ANY)
+class TemperatureOfEveryOtherStep(Small):
+    """A batch that was well in the first step fails in the place of the second one's."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        h = self.body(x)
+        if batch_idx % 2:
+            h = h / self.temperature  # <- here
+        return F.cross_entropy(h, y)
+
+
+@bug("aten.mul", "parameters", tensor="scales[1]", **ANY)
+class ListOfTensors(Spoiled):
+    def __init__(self):
+        super().__init__()
+        self.scales = [torch.ones(4), torch.ones(4)]
+
+    def loss(self, h, y, s):
+        return (h * self.scales[0] * self.scales[1]).square().mean()  # <- here
+
+    def spoil(self):
+        self.scales[1][0] = NAN
