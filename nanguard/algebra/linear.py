@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import is_op
-from nanguard.algebra.pattern import core, is_over_probabilities, is_part, is_sum
+from nanguard.algebra.pattern import core, is_over_probabilities, is_part, is_sigmoid_multiple, is_sum, operators
 from nanguard.algebra.term import Apply, Term
 
 __all__ = ["exponential", "fails_in_gradient_only"]
@@ -20,9 +20,11 @@ def exponential(term: Term) -> Term | None:
         return None
     if term.operator is ops.LOG_SOFTMAX:
         softmax = Apply(ops.SOFTMAX, term.args, term.shape, **term.params)
-        return None if _is_normalised(term.args[0]) else softmax
+        return None if _is_normalised(term.args[0]) and not _are_sigmoids(term.args[0]) else softmax
     if term.operator is ops.LOG_SIGMOID:
         return Apply(ops.SIGMOID, term.args, term.shape)
+    if is_sigmoid_multiple(term):
+        return Apply(ops.EXPONENTIAL, (term,), term.shape)
     return Apply(ops.EXPONENTIAL, (term,), term.shape) if _is_fragile(term) else None
 
 
@@ -42,6 +44,21 @@ def _is_normalised(term: Term) -> bool:
     return is_over_probabilities(term) and not is_part(term)
 
 
+def _are_sigmoids(term: Term) -> bool:
+    """Whether sigmoids went into it and no softmax: they sum to anything, and all of them may have vanished."""
+    return not operators(term) & {"log_softmax", "log_rest"}
+
+
+def _is_total(term: Term) -> bool:
+    """Whether it is a sum, or made of sums and constants: a denominator that the numerator is a part of, as in a Dice loss."""
+    found = core(term)
+    while is_op(found, ops.PLUS_CONSTANT):
+        found = core(found.args[0])  # type: ignore[union-attr]
+    if is_op(found, ops.DIFFERENCE, ops.LOGADDEXP):
+        return all(map(_is_total, found.args))  # type: ignore[union-attr]
+    return is_sum(found)
+
+
 def _is_fragile(term: Term) -> bool:
     inner = core(term, through_scale=False, through_negation=False)
     if not isinstance(inner, Apply):
@@ -50,6 +67,6 @@ def _is_fragile(term: Term) -> bool:
         above, below = inner.args
         if _is_plain(below) or (_is_plain(above) and is_over_probabilities(below)):
             return False
-        return not (is_sum(core(below)) and _is_normalised(above))
+        return not (_is_total(below) and _is_normalised(above))
     root = inner.operator is ops.SCALE and inner.params["other"] < 1 and not is_sum(core(inner))
     return root or inner.operator is ops.NEGATE
