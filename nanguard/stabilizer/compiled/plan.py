@@ -89,6 +89,14 @@ class Plan:
         """How often the memory of a value has been written into so far."""
         return self._versions.get(storage_key(value), 0)
 
+    def settings(self, node: fx.Node) -> Settings | None:
+        """How a node is stabilised, if at all."""
+        return self._policy(node)
+
+    def is_pinned(self, value: Tensor) -> bool:
+        """Whether derivatives at a value are asked for."""
+        return id(value) in self._pinned
+
     def _visit(self, node: fx.Node) -> None:
         name = getattr(node.target, "__name__", "")
         if name in _GRAD_MODES:
