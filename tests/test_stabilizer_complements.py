@@ -81,6 +81,21 @@ def twice_sigmoid(x):
     return 2 / (1 + torch.exp(-2 * x)) - 1
 
 
+PRIOR = torch.tensor(0.05)
+
+
+def over_prior(x):
+    return torch.log(torch.sigmoid(x) / PRIOR)
+
+
+def times_prior(x):
+    return torch.log(PRIOR * torch.sigmoid(x))
+
+
+def plus_prior(x):
+    return torch.log(1 - torch.sigmoid(x) + PRIOR * 0)
+
+
 def _zeros(x):
     return torch.zeros_like(x[:, :1])
 
@@ -100,6 +115,9 @@ CASES = {
     odds_against: (EXTREME, lambda x: -x),
     one_and_odds: (EXTREME, F.softplus),
     survival_from_one: (EXTREME, lambda x: torch.cat([_zeros(x), logsigmoid(-x).cumsum(1)], 1)),
+    over_prior: (EXTREME, lambda x: logsigmoid(x) - PRIOR.log()),
+    times_prior: (EXTREME, lambda x: logsigmoid(x) + PRIOR.log()),
+    plus_prior: (EXTREME, lambda x: logsigmoid(-x)),
     shares: (VANISHING, lambda x: torch.softmax(logsigmoid(x), 1)),
     twice_sigmoid: (EXTREME, torch.tanh),
 }

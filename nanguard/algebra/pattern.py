@@ -181,6 +181,8 @@ def _is_wrapper(term: Apply) -> bool:
         return bool(term.params["constant"] != 1.0)
     if term.operator is ops.WHERE and not any(map(is_constant, term.args)):  # one of two known ones, not a mask
         return True
+    if term.operator is ops.WEIGH and term.args[1].shape == ():  # one number for all is no mask
+        return not is_constant(term.args[0])
     return term.operator.move or term.operator in _WRAPPERS or _fills_with_one(term)
 
 

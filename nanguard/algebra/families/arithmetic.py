@@ -97,18 +97,13 @@ def div(call: Call) -> Term:
         number = call.number("other")
         return build.expand(_times(call.log("input"), 1 / number if number else 0.0), call.shape)
     if call.known("other"):
-        return build.subtract(_unknown(call, "input"), call.log("other"))
+        return build.subtract(totals.unknown(call.weight("input")), call.log("other"))
     # Renormalised by something else, it is no probability any more; but those of picked actions are compared to old ones.
-    log = call.log("input")
-    if not (is_selection(log) or len(log.shape) == 1) or call.leaf("other").shape != log.shape:
+    log, other = call.log("input"), call.weight("other")
+    same = (is_selection(log) or len(log.shape) == 1) and call.leaf("other").shape == log.shape
+    if not same and other.shape != ():  # a single number divides all alike
         raise Unrecognised
-    return build.subtract(log, _unknown(call, "other"))
-
-
-def _unknown(call: Call, name: str) -> Term:
-    """A tensor of either sign that nothing else is known about."""
-    leaf = call.weight(name)
-    return totals.weigh(totals.full(1.0, leaf.shape), leaf)
+    return build.subtract(log, totals.unknown(other))
 
 
 # log(1 / p) = -log p

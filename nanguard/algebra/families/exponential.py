@@ -113,7 +113,10 @@ def add(call: Call) -> Term:
     if call.known("input") and call.known("other"):
         return sums.logaddexp(call.log("input"), call.log("other"))
     constant, tensor = ("other", "input") if call.known("input") else ("input", "other")
-    return build.expand(sums.plus_constant(call.log(tensor), call.number(constant)), call.shape)
+    log = call.log(tensor)
+    if not call.is_number(constant) and log.shape and call.weight(constant).shape == ():
+        return sums.logaddexp(log, totals.unknown(call.weight(constant)))  # a number that only a device knows
+    return build.expand(sums.plus_constant(log, call.number(constant)), call.shape)
 
 
 # p + w (q - p) = (1 - w) p + w q
