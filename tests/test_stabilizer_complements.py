@@ -96,6 +96,16 @@ def plus_prior(x):
     return torch.log(1 - torch.sigmoid(x) + PRIOR * 0)
 
 
+def posterior(x):
+    joint = torch.softmax(x, 1) * torch.exp(2 * x)
+    return joint / joint.sum(1, keepdim=True)
+
+
+def product_of_experts(x):
+    joint = torch.softmax(x, 1) * torch.softmax(-x, 1)
+    return joint / joint.sum(1, keepdim=True)
+
+
 def _zeros(x):
     return torch.zeros_like(x[:, :1])
 
@@ -119,6 +129,8 @@ CASES = {
     times_prior: (EXTREME, lambda x: logsigmoid(x) + PRIOR.log()),
     plus_prior: (EXTREME, lambda x: logsigmoid(-x)),
     shares: (VANISHING, lambda x: torch.softmax(logsigmoid(x), 1)),
+    posterior: (EXTREME, lambda x: torch.softmax(3 * x, 1)),
+    product_of_experts: (EXTREME, lambda x: torch.softmax(0 * x, 1)),
     twice_sigmoid: (EXTREME, torch.tanh),
 }
 

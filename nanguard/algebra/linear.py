@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import is_op
-from nanguard.algebra.pattern import core, is_over_probabilities, is_part, is_sigmoid_multiple, is_sum, operators
+from nanguard.algebra.pattern import (
+    core,
+    is_bounded,
+    is_over_probabilities,
+    is_part,
+    is_sigmoid_multiple,
+    is_sum,
+    operators,
+)
 from nanguard.algebra.term import Apply, Term
 
 __all__ = ["exponential", "fails_in_gradient_only"]
@@ -20,7 +28,7 @@ def exponential(term: Term) -> Term | None:
         return None
     if term.operator is ops.LOG_SOFTMAX:
         softmax = Apply(ops.SOFTMAX, term.args, term.shape, **term.params)
-        return None if _is_normalised(term.args[0]) and not _are_sigmoids(term.args[0]) else softmax
+        return None if _is_normalised(term.args[0]) and not _may_vanish(term.args[0]) else softmax
     if term.operator is ops.LOG_SIGMOID:
         return Apply(ops.SIGMOID, term.args, term.shape)
     if is_sigmoid_multiple(term):
@@ -41,12 +49,13 @@ def _is_plain(term: Term) -> bool:
 
 def _is_normalised(term: Term) -> bool:
     """Whether it is all of something that was normalised before; of a part of it, all may have vanished."""
-    return is_over_probabilities(term) and not is_part(term)
+    return is_over_probabilities(term) and not is_part(term) and is_bounded(term)
 
 
-def _are_sigmoids(term: Term) -> bool:
-    """Whether sigmoids went into it and no softmax: they sum to anything, and all of them may have vanished."""
-    return not operators(term) & {"log_softmax", "log_rest"}
+def _may_vanish(term: Term) -> bool:
+    """Whether all of it may have vanished: sigmoids without a softmax sum to anything, and so do products."""
+    names = operators(term)
+    return "add" in names or not names & {"log_softmax", "log_rest"}
 
 
 def _is_total(term: Term) -> bool:

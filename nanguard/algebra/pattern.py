@@ -10,6 +10,7 @@ __all__ = [
     "core",
     "core_is",
     "is_bare",
+    "is_bounded",
     "is_constant",
     "is_disguised",
     "is_over_probabilities",
@@ -152,6 +153,15 @@ def _is_guard(term: Apply) -> bool:
 def is_over_probabilities(term: Term) -> bool:
     """Whether softmaxes or sigmoids went into it."""
     return bool(operators(term) & {"log_softmax", "logsigmoid", "log_rest"})
+
+
+def is_bounded(term: Term) -> bool:
+    """Whether it is made of probabilities alone, by sums, products and weights, so that nothing in it overflows."""
+    if isinstance(term, Leaf) or term.operator in (ops.SUBTRACT, ops.NEGATE):
+        return False
+    if term.operator in (ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST, ops.FULL):
+        return True
+    return all(map(is_bounded, term.args[:1] if term.operator in (ops.WEIGH, ops.WEIGH_REST) else term.args))
 
 
 def operators(term: Term) -> set[str]:
