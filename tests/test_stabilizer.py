@@ -359,6 +359,8 @@ class TestEveryLaw:
                 p = x.exp()
             if law.name == "nan_to_num":  # carries nothing on, but selects
                 return call(torch.log(x))
+            if law.name == "arcsine":  # its derivative is infinite at 1
+                return torch.where(x.abs() < 0.5, call(x.clamp(-1, 1)), 0.0)
             first, second = shaped(spelling.path.rpartition(".")[2], p, q)
             first = first * 1.0 if spelling.in_place else first
             result = call(*arguments(law, spelling, {P: first, Q: second, X: x * 1.0}))

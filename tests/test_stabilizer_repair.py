@@ -80,6 +80,33 @@ class TestRepairedCrossEntropy:
             "NG304",
         )
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    @pytest.mark.parametrize("shape", [None, (4, 1), (4, 4)], ids=str)
+    def test_compiled(self, reduction, shape, dtype):
+        options = {"weight": None if shape is None else torch.rand(shape).to(dtype), "reduction": reduction}
+        torch._dynamo.reset()
+        assert_same(
+            torch.compile(
+                lambda x: F.binary_cross_entropy(torch.sigmoid(x), labels(x), **options), backend="aot_eager"
+            ),
+            lambda x: F.binary_cross_entropy_with_logits(x, labels(x), **options),
+            logits(60, dtype),
+            "NG304",
+            rtol=max(1e-5, 4 * torch.finfo(dtype).eps),
+            atol=4 * torch.finfo(dtype).eps,
+        )
+
+    @pytest.mark.filterwarnings("ignore::nanguard.NumericalAdvice")
+    def test_compiled_code_keeps_its_bounds_unless_they_are_to_be_dropped(self):
+        x = logits(60)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: nn.BCELoss()(torch.sigmoid(x), labels(x)), backend="aot_eager")
+        with nanguard.stabilize() as swaps:
+            value = compiled(x)
+        assert swaps == []
+        assert torch.equal(value, F.binary_cross_entropy(torch.sigmoid(x), labels(x)))
+
     @pytest.mark.parametrize("extreme", [math.inf, -math.inf])
     def test_infinite_logits_bring_no_nan(self, extreme):
         x = torch.tensor([extreme, 1.0, -2.0], requires_grad=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from nanguard.algebra.families.epsilon import drop_epsilons
 from nanguard.algebra.linear import exponential, fails_in_gradient_only
 from nanguard.algebra.operators import FLOOR_ZERO
-from nanguard.algebra.pattern import is_softmax_of_logits
+from nanguard.algebra.pattern import is_softmax_of_logits, unshifted
 from nanguard.algebra.registry import Rule, lookup, match
 from nanguard.algebra.term import Apply, Term, Unrecognised
 
@@ -51,7 +51,7 @@ def for_quotient(
         return None
     try:
         stable = exponential(term)
-        if stable is None or any(operand == term for operand in operands):
+        if stable is None or any(unshifted(operand) == unshifted(term) for operand in operands):
             return None
         rule = match(term, "quotient")
         if rule is None or (not differentiable and fails_in_gradient_only(term)):

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import is_op
-from nanguard.algebra.pattern import core, is_over_probabilities, is_part, is_sum
-from nanguard.algebra.term import Apply, Leaf, Term
+from nanguard.algebra.pattern import (
+    core,
+    is_bounded,
+    is_over_probabilities,
+    is_part,
+    is_sigmoid_multiple,
+    is_sum,
+    operators,
+)
+from nanguard.algebra.term import Apply, Term
 
 __all__ = ["exponential", "fails_in_gradient_only"]
 
@@ -23,9 +31,11 @@ def exponential(term: Term) -> Term | None:
         return None
     if term.operator is ops.LOG_SOFTMAX:
         softmax = Apply(ops.SOFTMAX, term.args, term.shape, **term.params)
-        return None if _is_normalised(term.args[0]) else softmax
+        return None if _is_normalised(term.args[0]) and not _may_vanish(term.args[0]) else softmax
     if term.operator is ops.LOG_SIGMOID:
         return Apply(ops.SIGMOID, term.args, term.shape)
+    if is_sigmoid_multiple(term):
+        return Apply(ops.EXPONENTIAL, (term,), term.shape)
     return Apply(ops.EXPONENTIAL, (term,), term.shape) if _is_fragile(term) else None
 
 
@@ -42,7 +52,23 @@ def _is_plain(term: Term) -> bool:
 
 def _is_normalised(term: Term) -> bool:
     """Whether it is all of something that was normalised before; of a part of it, all may have vanished."""
-    return is_over_probabilities(term) and not is_part(term)
+    return is_over_probabilities(term) and not is_part(term) and is_bounded(term)
+
+
+def _may_vanish(term: Term) -> bool:
+    """Whether all of it may have vanished: sigmoids without a softmax sum to anything, and so do products."""
+    names = operators(term)
+    return "add" in names or not names & {"log_softmax", "log_rest"}
+
+
+def _is_total(term: Term) -> bool:
+    """Whether it is a sum, or made of sums and constants: a denominator that the numerator is a part of, as in a Dice loss."""
+    found = core(term)
+    while is_op(found, ops.PLUS_CONSTANT):
+        found = core(found.args[0])  # type: ignore[union-attr]
+    if is_op(found, ops.DIFFERENCE, ops.LOGADDEXP):
+        return all(map(_is_total, found.args))  # type: ignore[union-attr]
+    return is_sum(found)
 
 
 def _has_floor(term: Term) -> bool:
@@ -50,15 +76,6 @@ def _has_floor(term: Term) -> bool:
     while isinstance(term, Apply) and term.operator.move:
         term = term.args[0]
     return is_op(term, ops.PLUS_CONSTANT, ops.CLAMP_MIN) and bool(term.params["constant"] >= _FLOOR)  # type: ignore[union-attr]
-
-
-def _is_bounded(term: Term) -> bool:
-    """Whether it is made of probabilities by sums, products and weights alone, so that nothing of it overflows."""
-    if isinstance(term, Leaf) or term.operator in (ops.NEGATE, ops.SUBTRACT):
-        return False
-    if term.operator in (ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST, ops.FULL):
-        return True
-    return all(map(_is_bounded, term.args[:1] if term.operator in (ops.WEIGH, ops.WEIGH_REST) else term.args))
 
 
 def _are_weighed_alike(above: Term, below: Term) -> bool:
@@ -82,8 +99,8 @@ def _is_fragile(term: Term) -> bool:
         above, below = inner.args
         if _is_plain(below) or (_is_plain(above) and is_over_probabilities(below)):
             return False
-        if _has_floor(below) and _is_bounded(above) and _is_bounded(below):
+        if _has_floor(below) and is_bounded(above) and is_bounded(below):
             return False
-        return not (is_sum(core(below)) and _is_normalised(above)) or _are_weighed_alike(above, below)
+        return not (_is_total(below) and _is_normalised(above)) or _are_weighed_alike(above, below)
     root = inner.operator is ops.SCALE and inner.params["other"] < 1 and not is_sum(core(inner))
     return root or inner.operator is ops.NEGATE

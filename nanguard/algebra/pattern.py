@@ -6,20 +6,25 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term
 
 __all__ = [
+    "constant_of",
     "core",
     "core_is",
     "is_bare",
+    "is_bounded",
+    "is_constant",
     "is_disguised",
     "is_over_probabilities",
     "is_part",
     "is_probability_or_total",
     "is_renormalised",
     "is_selection",
+    "is_sigmoid_multiple",
     "is_softmax_of_logits",
     "is_softplus",
     "is_sum",
     "operators",
     "renormalises",
+    "unshifted",
 ]
 
 # Epsilons are at most that large.
@@ -44,8 +49,25 @@ def core(term: Term, *, through_scale: bool = True, through_negation: bool = Tru
     """
     through = {ops.SCALE: through_scale, ops.NEGATE: through_negation}
     while isinstance(term, Apply) and (_is_wrapper(term) or through.get(term.operator, False)):
-        term = term.args[0]
+        term = _inside(term)
     return term
+
+
+def _inside(term: Apply) -> Term:
+    """What a wrapper is about: the first that is no constant, as those are that survival curves start from."""
+    return next((arg for arg in term.args if not is_constant(arg)), term.args[0])
+
+
+def constant_of(term: Term) -> float | None:
+    """The number that every element is, whatever the shape."""
+    while isinstance(term, Apply) and term.operator.move and len(term.args) == 1:
+        term = term.args[0]
+    return term.params["constant"] if isinstance(term, Apply) and term.operator is ops.FULL else None
+
+
+def is_constant(term: Term) -> bool:
+    """Whether every element is the same number."""
+    return constant_of(term) is not None
 
 
 def core_is(term: Term, *names: Operator, through_scale: bool = True, through_negation: bool = True) -> bool:
@@ -59,7 +81,7 @@ def is_selection(term: Term) -> bool:
     while isinstance(term, Apply) and (_is_wrapper(term) or term.operator in (ops.SCALE, ops.NEGATE)):
         if term.operator in _PICKS:
             return True
-        term = term.args[0]
+        term = _inside(term)
     return False
 
 
@@ -68,7 +90,7 @@ def is_part(term: Term) -> bool:
     while isinstance(term, Apply) and (_is_wrapper(term) or term.operator in (ops.SCALE, ops.NEGATE)):
         if term.operator in _PICKS or term.operator in (ops.NARROW, ops.DIAGONAL):
             return True
-        term = term.args[0]
+        term = _inside(term)
     return False
 
 
@@ -84,7 +106,9 @@ def is_disguised(term: Term) -> bool:
     """Whether it is a softmax or a sigmoid that was masked or weighted element by element, or cut to its largest."""
     if is_over_probabilities(term) and "topk" in operators(term):
         return True
-    found = core(term)
+    found = term
+    while isinstance(found, Apply) and not _fills_with_one(found) and core(found) is not found:
+        found = _inside(found)
     if not isinstance(found, Apply) or found.operator not in _MASKS:
         return False
     return core_is(found.args[0], ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST) or is_disguised(found.args[0])
@@ -100,6 +124,17 @@ def is_renormalised(masked: Term, total: Term) -> bool:
 def is_softmax_of_logits(term: Term) -> bool:
     """Whether it is the softmax of a tensor itself, not of what was normalised before."""
     return isinstance(term, Apply) and term.operator is ops.LOG_SOFTMAX and isinstance(term.args[0], Leaf)
+
+
+def unshifted(term: Term) -> Term:
+    """The same without a constant factor."""
+    return term.args[0] if isinstance(term, Apply) and term.operator is ops.SHIFT else term
+
+
+def is_sigmoid_multiple(term: Term) -> bool:
+    """Whether it is c / (1 + e^-x)."""
+    inner = unshifted(term)
+    return isinstance(inner, Apply) and inner.operator is ops.LOG_SIGMOID
 
 
 def is_sum(term: Term) -> bool:
@@ -127,9 +162,12 @@ def _is_guard(term: Apply) -> bool:
 def renormalises(log: Term, divisor: Shape) -> bool:
     """Whether probabilities are divided by something that is the same for all classes: they are none any more.
 
-    Those that are compared to other ones, class by class, remain what they are, and totals become means.
+    Those that are compared to other ones, class by class, remain what they are, and totals become means. A single number
+    divides all alike.
     """
-    if not is_over_probabilities(log) or is_sum(core(log)) or (is_selection(log) and divisor == log.shape):
+    if not is_over_probabilities(log) or is_sum(core(log)):
+        return False
+    if divisor == () or (is_selection(log) and divisor == log.shape):
         return False
     if len(divisor) > len(log.shape) or any(
         one not in (1, size) for one, size in zip(divisor[::-1], log.shape[::-1], strict=False)
@@ -147,6 +185,15 @@ def is_over_probabilities(term: Term) -> bool:
     return bool(operators(term) & {"log_softmax", "logsigmoid", "log_rest"})
 
 
+def is_bounded(term: Term) -> bool:
+    """Whether it is made of probabilities alone, by sums, products and weights, so that nothing in it overflows."""
+    if isinstance(term, Leaf) or term.operator in (ops.SUBTRACT, ops.NEGATE):
+        return False
+    if term.operator in (ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST, ops.FULL):
+        return True
+    return all(map(is_bounded, term.args[:1] if term.operator in (ops.WEIGH, ops.WEIGH_REST) else term.args))
+
+
 def operators(term: Term) -> set[str]:
     """Names of all operators in a term."""
     if isinstance(term, Leaf):
@@ -158,19 +205,29 @@ def is_softplus(term: Term) -> bool:
     """Whether it is log(1 + e^x); of a probability the logarithm is stable as it is."""
     if not isinstance(term, Apply) or term.operator is not ops.PLUS_CONSTANT or term.params["constant"] != 1.0:
         return False
-    inner = core(term.args[0])
+    inner = core(term.args[0], through_negation=False)
+    if isinstance(inner, Apply) and inner.operator is ops.NEGATE and is_over_probabilities(inner):
+        return True  # the reciprocal of a probability overflows
+    inner = core(inner)
     while isinstance(inner, Apply) and inner.operator in _MASKS:
         inner = core(inner.args[0])
-    share = isinstance(inner, Apply) and inner.operator is ops.SUBTRACT and is_sum(core(inner.args[1]))
-    return not share and not is_over_probabilities(inner)
+    if isinstance(inner, Apply) and inner.operator is ops.SUBTRACT:
+        return not is_sum(core(inner.args[1]))  # a share of a total is a probability, a ratio of two of them is none
+    return not is_over_probabilities(inner)
 
 
 def _is_wrapper(term: Apply) -> bool:
     if term.operator is ops.PLUS_CONSTANT:
         return bool(term.params["constant"] != 1.0)
-    if term.operator is ops.WHERE:  # one of two known ones, not a mask; but 1 is put where nothing is to be added
-        one, other = (arg if isinstance(arg, Apply) and arg.operator is ops.FULL else None for arg in term.args)
-        return one is None and (other is None or bool(other.params["constant"] == 1.0))
-    if term.operator is ops.MASKED:
-        return bool(term.params["value"] == 0.0)
-    return term.operator.move or term.operator in _WRAPPERS
+    if term.operator is ops.WHERE and not any(map(is_constant, term.args)):  # one of two known ones, not a mask
+        return True
+    if term.operator is ops.WEIGH and term.args[1].shape == ():  # one number for all is no mask
+        return not is_constant(term.args[0])
+    return term.operator.move or term.operator in _WRAPPERS or _fills_with_one(term)
+
+
+def _fills_with_one(term: Apply) -> bool:
+    """Whether it puts a 1 in the place of what is masked, whose logarithm is 0: it does not count."""
+    if term.operator is ops.WHERE:
+        return [constant_of(arg) for arg in term.args if is_constant(arg)] == [1.0]
+    return term.operator in _MASKS and term.params.get("value") == 0.0

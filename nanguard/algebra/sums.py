@@ -192,6 +192,40 @@ def _rest_of_choice(a: Apply) -> Term | None:
     return None if one is None or other is None else Apply(ops.WHERE, (one, other), a.shape, **a.params)
 
 
+def _rest_of_weighed(a: Apply) -> Term | None:
+    """Rests on 1 - w p = (1 - p) + (1 - w) p, which is 1 - p itself where nothing is masked."""
+    p, weight = a.args
+    rest = _rest(p)
+    return None if rest is None else logaddexp(rest, Apply(ops.WEIGH_REST, (p, weight), a.shape))
+
+
+def _rest_of_constant(a: Apply) -> Term | None:
+    constant = a.params["constant"]
+    return full(1.0 - constant, a.shape) if 0 <= constant <= 1 else None
+
+
+def _rest_of_extreme(a: Apply) -> Term | None:
+    """Rests on 1 - max(p, q) = min(1 - p, 1 - q)."""
+    rests = [_rest(arg) for arg in a.args]
+    known = tuple(rest for rest in rests if rest is not None)
+    if len(known) < len(rests):
+        return None
+    params = {name: not value if name in ("largest", "descending") else value for name, value in a.params.items()}
+    return Apply(_OPPOSITES.get(a.operator, a.operator), known, a.shape, **params)
+
+
+_OPPOSITES = {ops.AMAX: ops.AMIN, ops.AMIN: ops.AMAX, ops.MAXIMUM: ops.MINIMUM, ops.MINIMUM: ops.MAXIMUM}
+
+
+def _rest_of_masked(a: Apply) -> Term | None:
+    """Rests on 1 - c where a mask has put the number c."""
+    rest, log = _rest(a.args[0]), a.params["value"]
+    if rest is None or log > 0:
+        return None
+    value = 0.0 if log == -math.inf else math.log1p(-math.exp(log)) if log < 0 else -math.inf
+    return Apply(a.operator, (rest,), a.shape, **{**a.params, "value": value})
+
+
 _RESTS: dict[str, Callable[[Apply], Term | None]] = {
     "logsigmoid": lambda a: build.logsigmoid(build.negate(a.args[0])),
     "log_softmax": lambda a: Apply(ops.LOG_REST, a.args, a.shape, **a.params),
@@ -205,6 +239,19 @@ _RESTS: dict[str, Callable[[Apply], Term | None]] = {
     "clamp_max": _rest_of_clamped,
     "logmeanexp": _rest_of_mean,
     "logsumexp": _rest_of_sum,
+    "weigh": _rest_of_weighed,
+    "full": _rest_of_constant,
+    "amax": _rest_of_extreme,
+    "amin": _rest_of_extreme,
+    "maximum": _rest_of_extreme,
+    "minimum": _rest_of_extreme,
+    "extreme": _rest_of_extreme,
+    "sort": _rest_of_extreme,
+    "topk": _rest_of_extreme,
+    "masked_fill": _rest_of_masked,
+    "set_item": _rest_of_masked,
+    "fill_diagonal": _rest_of_masked,
+    "pad": _rest_of_masked,
 }
 
 
@@ -221,6 +268,8 @@ def difference(a: Term, b: Term) -> Term:
     if lack is not None:
         return minus(lack)
     if isinstance(a, Apply):
+        if a.operator is ops.NEGATE and _constant(b) == 1.0 and (rest := _rest(a.args[0])) is not None:
+            return build.subtract(rest, build.expand(a.args[0], rest.shape))  # 1 / p - 1 = (1 - p) / p
         x, y = _logit(a), _logit(b)
         if x is not None and y is not None:
             return _between_sigmoids(x, y)

@@ -16,7 +16,7 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.build import minus, reduced, unsigned
 from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term, Unrecognised
 
-__all__ = ["clamp", "full", "logcumsumexp", "logmeanexp", "logsumexp", "scatter_add", "weigh"]
+__all__ = ["clamp", "full", "logcumsumexp", "logmeanexp", "logsumexp", "scatter_add", "unknown", "weigh"]
 
 
 def logsumexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
@@ -56,6 +56,11 @@ def weigh(a: Term, weight: Term) -> Term:
     flip, a = unsigned(a)
     product = Apply(ops.WEIGH, (a, weight), build.broadcast_shapes(a.shape, weight.shape))
     return minus(product) if flip else product
+
+
+def unknown(weight: Leaf) -> Term:
+    """A tensor of either sign that nothing else is known about."""
+    return weigh(full(1.0, weight.shape), weight)
 
 
 def clamp(a: Term, minimum: float | None, maximum: float | None) -> Term:

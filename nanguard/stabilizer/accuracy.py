@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanguard.algebra import Apply, Law, Leaf, Term
 from nanguard.algebra import operators as ops
+from nanguard.algebra.pattern import is_bounded, is_sigmoid_multiple
 from nanguard.stabilizer import environment
 
 __all__ = ["Digits", "digits_of", "divisor_of", "is_small", "keeps_digits"]
@@ -40,8 +41,10 @@ def digits_of(law: Law, outline: Term) -> Digits:
         return "all" if law.name in _SOURCES else "unknown"
     if not isinstance(outline, Apply) or outline.signed:
         return "unknown"
-    if law.name in _DIVISORS and outline.operator in (ops.LOG_SOFTMAX, ops.LOG_SIGMOID):
+    if law.name in _DIVISORS and (outline.operator is ops.LOG_SOFTMAX or is_sigmoid_multiple(outline)):
         return "if divisor"
+    if law.name == "mul" and outline.operator is ops.ADD and is_bounded(outline):
+        return "if parents"  # what has underflowed in a factor has done so in the product
     return "if parents" if law.name in ("sum", "add") or _is_complete(outline) else "unknown"
 
 

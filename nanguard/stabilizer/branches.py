@@ -18,12 +18,14 @@ from torch import Tensor
 from nanguard.algebra import Law, Spelling
 from nanguard.stabilizer.knowledge import is_plain
 
-__all__ = ["Branches"]
+__all__ = ["HARMLESS", "LONGEST", "Branches"]
 
 # No function that is remembered has an infinite value or derivative there.
 HARMLESS = 0.5
 # Of these the derivative is infinite where the value is 0.
 _ROOTS = frozenset({"sqrt", "pow"})
+# Of these it is infinite where the value is like any other.
+_ENDS = frozenset({"arcsine"})
 # Branches are short; a longer computation is a network.
 LONGEST = 12
 
@@ -39,12 +41,12 @@ class _Step:
         arguments: of the function; in the place of tensors that there is a step of, that step, so that they may die.
         options: the function's arguments by keyword.
         length: how many steps it took.
-        root: whether one of them has an infinite derivative where its value is 0.
+        laws: the names of those with infinite derivatives.
         region: the checkpointed region that it was computed in.
         versions: of the tensors among the arguments.
     """
 
-    __slots__ = ("arguments", "function", "length", "options", "region", "result", "root", "version", "versions")
+    __slots__ = ("arguments", "function", "laws", "length", "options", "region", "result", "version", "versions")
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class _Step:
         arguments: Sequence[Any],
         options: Mapping[str, Any],
         length: int,
-        root: bool,
+        laws: frozenset[str],
         region: object,
         versions: list[int],
     ) -> None:
@@ -64,7 +66,7 @@ class _Step:
         self.arguments = arguments
         self.options = options
         self.length = length
-        self.root = root
+        self.laws = laws
         self.region = region
         self.versions = versions
 
@@ -106,13 +108,20 @@ class Branches:
                     return True
         return False
 
+    def pin(self, tensor: Any) -> None:
+        """Note that somebody watches derivatives at a tensor: what follows it is not computed anew, which would bypass it."""
+        step = self._find(tensor)
+        if step is not None:
+            step.function = None
+
     def note(
         self, law: Law, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> None:
         """Remember how a result was computed, where that is a function with infinite derivatives, or follows one."""
         if not isinstance(result, Tensor) or "out" in kwargs or not result.requires_grad or not is_plain(result):
             return
-        known, length, root = law.branch == "singular", 1, law.name in _ROOTS
+        known, length = law.branch == "singular", 1
+        laws = frozenset({law.name}) if known else frozenset()
         steps, versions = self._steps, []
         arguments: list[Any] = list(args)
         for place, entry in enumerate(args):
@@ -120,7 +129,7 @@ class Branches:
                 continue
             found = self._find(entry) if id(entry) in steps else None
             if found is not None:
-                known, length, root = True, length + found.length, root or found.root
+                known, length, laws = True, length + found.length, laws | found.laws
                 if found.function is not None and found.version == entry._version:
                     arguments[place] = found
                     continue
@@ -133,7 +142,7 @@ class Branches:
             again, arguments, kwargs, versions = None, [], {}, []
         key = id(result)
         reference = weakref.ref(result, lambda dead: self._drop(key, dead))
-        steps[key] = _Step(reference, result._version, again, arguments, kwargs, length, root, self.region, versions)
+        steps[key] = _Step(reference, result._version, again, arguments, kwargs, length, laws, self.region, versions)
 
     def selected(self, law: Law, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The result of a selection with branches that are harmless where not taken; `None` where they are so already."""
@@ -163,7 +172,7 @@ class Branches:
 
     def _anew(self, branch: Any, taken: Tensor) -> Tensor | None:
         step = self._find(branch)
-        if step is None or taken.dtype != torch.bool or not _is_trap(branch, taken, step.root):
+        if step is None or taken.dtype != torch.bool or not _is_trap(branch, taken, step.laws):
             return None
         computed = self._replayed(step, taken)
         return computed if computed is not None and computed.shape == branch.shape else None
@@ -201,12 +210,14 @@ class Branches:
             del self._steps[key]
 
 
-def _is_trap(branch: Tensor, taken: Tensor, root: bool) -> bool:
-    """Whether an element that is not taken may have an infinite derivative; elsewhere than on a CPU that is not waited for."""
+def _is_trap(branch: Tensor, taken: Tensor, laws: frozenset[str]) -> bool:
+    """Whether one that is not taken may have an infinite derivative; elsewhere than on a CPU that is not waited for."""
     if branch.device.type != "cpu":
         return True
+    if laws & _ENDS:
+        return not bool(taken.all())
     value = branch.detach()
     suspicious = ~value.isfinite()
-    if root:
+    if laws & _ROOTS:
         suspicious |= value == 0
     return bool((suspicious & ~taken).any())

@@ -69,9 +69,13 @@ _SCALED: dict[str, Callable[..., Scaled]] = {
         scaled.total(a, dim, keepdim), Scaled(a.log.new_full((), count).log())
     ),
     "logcumsumexp": scaled.running_total,
+    "sum": scaled.multiplied,
+    "cumsum": scaled.running_product,
     "logaddexp": scaled.added,
     "plus_constant": lambda a, constant: scaled.added(a, Scaled(a.log.new_full((), constant).log())),
 }
+# Of positive numbers these have a form of their own.
+_OF_POSITIVE = (ops.LOGCUMSUMEXP, ops.SUM, ops.CUMSUM)
 # The same, of what is no logarithm.
 _OF_VALUES: dict[str, Callable[..., Scaled]] = {
     "between_sigmoids": scaled.between_sigmoids,
@@ -148,7 +152,7 @@ class _Evaluation:
             return scaled.weighed(self.scaled(term.args[0]), weight if term.operator is ops.WEIGH else 1 - weight)
         if term.operator.name in _OF_VALUES:
             return _OF_VALUES[term.operator.name](*map(self.log, term.args), **params)
-        if term.operator.name in _SCALED and (term.signed or term.operator is not ops.LOGCUMSUMEXP):
+        if term.operator.name in _SCALED and (term.signed or term.operator not in _OF_POSITIVE):
             return _SCALED[term.operator.name](*map(self.scaled, term.args), **params)
         return Scaled(self.log(term))
 

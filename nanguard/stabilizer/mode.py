@@ -108,6 +108,7 @@ class StabilizerMode(TorchFunctionMode):
             self._knowledge.escaped(subject)
         else:
             self._knowledge.pin(subject)
+            self._branches.pin(subject)
         return func(*args, **kwargs)
 
     def is_renewed(self) -> bool:

@@ -23,9 +23,11 @@ __all__ = [
     "logarithm_of_difference",
     "masked",
     "moved",
+    "multiplied",
     "number",
     "product",
     "quotient",
+    "running_product",
     "running_total",
     "total",
     "weighed",
@@ -106,6 +108,26 @@ def masked(a: Scaled, mask: Tensor, value: float) -> Scaled:
     """P, but the number with that logarithm where there is a mask."""
     factor = None if a.factor is None else a.factor.masked_fill(mask, 1.0)
     return Scaled(a.log.masked_fill(mask, value), factor)
+
+
+def multiplied(a: Scaled, dim: tuple[int, ...], keepdim: bool) -> Scaled:
+    """The product over `dim`."""
+    log, sign = _with_signs(a)
+    even = 1 - 2 * ((sign < 0).sum(dim, keepdim=keepdim) % 2)
+    return Scaled(log.sum(dim, keepdim=keepdim), even.to(log.dtype))
+
+
+def running_product(a: Scaled, dim: int) -> Scaled:
+    """The cumulated product along `dim`."""
+    log, sign = _with_signs(a)
+    return Scaled(log.cumsum(dim), sign.cumprod(dim))
+
+
+def _with_signs(a: Scaled) -> tuple[Tensor, Tensor]:
+    """The logarithm of the magnitude, and the sign."""
+    factor = _factor(a)
+    sign = torch.where(factor.detach() < 0, -1.0, 1.0).to(factor.dtype)
+    return logarithm(Scaled(a.log, factor * sign)), sign
 
 
 def negative(a: Scaled) -> Scaled:

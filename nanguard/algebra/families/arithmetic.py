@@ -97,22 +97,17 @@ def div(call: Call) -> Term:
         number = call.number("other")
         return build.expand(_times(call.log("input"), 1 / number if number else 0.0), call.shape)
     if call.known("other"):
-        return build.subtract(_unknown(call, "input"), call.log("other"))
-    if renormalises(call.log("input"), call.weight("other").shape):
+        return build.subtract(totals.unknown(call.weight("input")), call.log("other"))
+    log, other = call.log("input"), call.weight("other")
+    if renormalises(log, other.shape):
         raise Unrecognised
-    return build.subtract(call.log("input"), _unknown(call, "other"))
+    return build.subtract(log, totals.unknown(other))
 
 
 def _is_no_softmax(call: Call) -> bool:
     """Whether it was masked after the softmax, and is divided by something else than its total."""
     log = call.log("input")
     return is_disguised(log) and not (call.known("other") and is_renormalised(log, call.log("other")))
-
-
-def _unknown(call: Call, name: str) -> Term:
-    """A tensor of either sign that nothing else is known about."""
-    leaf = call.weight(name)
-    return totals.weigh(totals.full(1.0, leaf.shape), leaf)
 
 
 # log(1 / p) = -log p

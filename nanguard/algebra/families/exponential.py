@@ -113,7 +113,10 @@ def add(call: Call) -> Term:
     if call.arguments.get("alpha", 1) != 1:
         raise Unrecognised
     constant, tensor = ("other", "input") if call.known("input") else ("input", "other")
-    return build.expand(sums.plus_constant(call.log(tensor), call.number(constant)), call.shape)
+    log = call.log(tensor)
+    if not call.is_number(constant) and log.shape and call.weight(constant).shape == ():
+        return sums.logaddexp(log, totals.unknown(call.weight(constant)))  # a number that only a device knows
+    return build.expand(sums.plus_constant(log, call.number(constant)), call.shape)
 
 
 def multiplied(call: Call, name: str) -> Term:

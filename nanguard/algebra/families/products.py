@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from nanguard.algebra import operators as ops
-from nanguard.algebra.build import positive, reduced
+from nanguard.algebra.build import reduced
 from nanguard.algebra.call import Call
 from nanguard.algebra.registry import law
 from nanguard.algebra.term import Apply, Term
 
 
-# log prod p = sum log p; of a tensor that nothing is known about, signs are multiplied apart
+# log prod p = sum log p, and signs are multiplied apart; of a tensor that nothing is known about, too
 @law(
     """
     torch.prod(input, dim=None, keepdim=False, *, dtype=None)
@@ -22,7 +22,7 @@ from nanguard.algebra.term import Apply, Term
 )
 def prod(call: Call) -> Term:
     known = call.known("input")
-    a: Term = positive(call.log()) if known else call.leaf()
+    a: Term = call.log() if known else call.leaf()
     dims, keepdim = call.dims(a.shape), bool(call["keepdim"])
     return Apply(ops.SUM if known else ops.PRODUCT, (a,), reduced(a.shape, dims, keepdim), dim=dims, keepdim=keepdim)
 
@@ -36,5 +36,5 @@ def prod(call: Call) -> Term:
     """
 )
 def cumprod(call: Call) -> Term:
-    log = positive(call.log())
+    log = call.log()
     return Apply(ops.CUMSUM, (log,), log.shape, dim=call.dim(log.shape))

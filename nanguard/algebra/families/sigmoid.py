@@ -8,9 +8,9 @@ from __future__ import annotations
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
 from nanguard.algebra.call import Call
-from nanguard.algebra.pattern import core, core_is, is_softplus
+from nanguard.algebra.pattern import core, core_is, is_sigmoid_multiple, is_softplus
 from nanguard.algebra.registry import law, rule
-from nanguard.algebra.term import Apply, Term
+from nanguard.algebra.term import Term
 
 
 # log sigmoid(x) = logsigmoid(x) = -log(1 + e^-x)
@@ -127,4 +127,4 @@ def quotient_is_sigmoid(term: Term) -> bool:
 
     - https://docs.pytorch.org/docs/stable/generated/torch.sigmoid.html
     """
-    return isinstance(term, Apply) and term.operator is ops.LOG_SIGMOID
+    return is_sigmoid_multiple(term)

@@ -11,10 +11,11 @@ from torch import Tensor, fx
 from nanguard.algebra import Apply, Leaf, Term
 from nanguard.stabilizer.compiled.memory import example
 from nanguard.stabilizer.compiled.picks import one_of_each_row
-from nanguard.stabilizer.compiled.plan import Plan, Replacement
+from nanguard.stabilizer.compiled.plan import Loss, Plan, Replacement
 from nanguard.stabilizer.compiled.reading import Kept, Part
 from nanguard.stabilizer.compiled.sizes import Opaque, Size
 from nanguard.stabilizer.evaluate import compute_dtype, evaluate, is_fresh
+from nanguard.stabilizer.losses import BinaryCrossEntropy
 
 __all__ = ["carry_out"]
 
@@ -40,7 +41,10 @@ def carry_out(graph: fx.Graph, plan: Plan) -> None:
             arguments = _Arguments(graph)
             template = arguments.template(one_of_each_row(replacement.term), {})
             edited = any(plan.memory.is_edited(example(source)) for source in arguments.nodes)
-            function = _function(replacement, template, edited)
+            function, loss = _function(replacement, template, edited), replacement.loss
+            if loss is not None:
+                function = _whole(function, loss, example(node).dtype)
+                arguments.nodes += [] if loss.weight is None else [loss.weight]
         node.op, node.target, node.args, node.kwargs = "call_function", function, tuple(arguments.nodes), {}
         pure.add(node)
         for other in replacement.overwritten:
@@ -109,7 +113,7 @@ def _function(replacement: Replacement, template: Term, edited: bool) -> Callabl
 
     Some of them may be `edited` later on, and are copied if a derivative would save them.
     """
-    result = example(replacement.node)
+    result = example(replacement.node) if replacement.loss is None else replacement.loss.elements
     dtype, device, order = result.dtype, result.device.type, _order_of_dims(result)
 
     def stable(*given: Any) -> Tensor:
@@ -126,6 +130,18 @@ def _function(replacement: Replacement, template: Term, edited: bool) -> Callabl
             return _settled(value, dtype, order, is_fresh(term) and (private or isinstance(term, Apply)))
 
     stable.__name__ = stable.__qualname__ = f"stable_{replacement.rule.name.replace('-', '_')}"
+    return stable
+
+
+def _whole(elements: Callable[..., Tensor], loss: Loss, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The function that weighs and reduces the elements of a loss."""
+    weighed, options = loss.weight is not None, {**loss.options, "weight": None}
+
+    def stable(*given: Any) -> Tensor:
+        whole = BinaryCrossEntropy(elements, {**options, "weight": given[-1]} if weighed else options)
+        return whole.whole(elements(*given[:-1] if weighed else given), dtype)
+
+    stable.__name__ = stable.__qualname__ = elements.__name__
     return stable
 
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, fx
 from torch.distributions import utils as distributions
 
-from nanguard.algebra import Law, Rule, Spelling, Term
+from nanguard.algebra import Law, Rule, Spelling, Term, lookup
 from nanguard.algebra.decisions import for_logarithm, for_quotient
+from nanguard.algebra.families.epsilon import drop_epsilons
 from nanguard.algebra.families.saturation import without_floor
 from nanguard.stabilizer.compiled.constants import constant_in
 from nanguard.stabilizer.compiled.frames import frames_of, is_of_subclass
 from nanguard.stabilizer.compiled.memory import Memory, example, storage_key, tensors_in
 from nanguard.stabilizer.compiled.reading import Kept, Known, Part, Reading, lawful
 from nanguard.stabilizer.compiled.settings import Settings
+from nanguard.stabilizer.resolve import misuse_table
 
-__all__ = ["Plan", "Policy", "Replacement"]
+__all__ = ["Loss", "Plan", "Policy", "Replacement"]
 
 # How a node is stabilised, if at all.
 Policy = Callable[[fx.Node], "Settings | None"]
@@ -34,6 +36,24 @@ _PINS = frozenset({"grad", "register_hook", "register_post_accumulate_grad_hook"
 _GRAD_MODES = frozenset({"_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"})
 
 
+class Loss(NamedTuple):
+    """A call of `F.binary_cross_entropy`.
+
+    Attributes:
+        elements: an example of what it computes before it reduces.
+        options: its arguments by name.
+    """
+
+    elements: Tensor
+    options: Mapping[str, Any]
+
+    @property
+    def weight(self) -> fx.Node | None:
+        """The node of the weight."""
+        found = self.options["weight"]
+        return found if isinstance(found, fx.Node) else None
+
+
 @final
 @dataclass(frozen=True)
 class Replacement:
@@ -44,12 +64,14 @@ class Replacement:
         rule: what it is an instance of.
         term: what it is computed from.
         overwritten: the nodes before it whose tensor it writes the result into; from there on, it stands for them.
+        loss: what is made of the elements, where they are those of a loss.
     """
 
     node: fx.Node
     rule: Rule
     term: Term
     overwritten: tuple[fx.Node, ...] = ()
+    loss: Loss | None = None
 
 
 @final
@@ -89,6 +111,14 @@ class Plan:
         """How often the memory of a value has been written into so far."""
         return self._versions.get(storage_key(value), 0)
 
+    def settings(self, node: fx.Node) -> Settings | None:
+        """How a node is stabilised, if at all."""
+        return self._policy(node)
+
+    def is_pinned(self, value: Tensor) -> bool:
+        """Whether derivatives at a value are asked for."""
+        return id(value) in self._pinned
+
     def _visit(self, node: fx.Node) -> None:
         name = getattr(node.target, "__name__", "")
         if name in _GRAD_MODES:
@@ -98,6 +128,7 @@ class Plan:
         if found is not None and bound is not None:
             self._lawful(node, found[0], found[1], bound)
         else:
+            self._repair(node)
             self._forget(node)
         self._note_constant(node)
         if isinstance(example(node), Tensor):
@@ -163,6 +194,26 @@ class Plan:
         found = for_quotient(term, operands, in_place=in_place, differentiable=differentiable)
         if found is not None:
             self._replace(node, *found, result, in_place)
+
+    def _repair(self, node: fx.Node) -> None:
+        """Replace a binary cross-entropy of probabilities, where the user asks for it."""
+        settings = self._policy(node)
+        if settings is None or not settings.repair or node.target is not torch.nn.functional.binary_cross_entropy:
+            return
+        law, spelling = misuse_table()[node.target]
+        bound = spelling.bind(node.args, node.kwargs)
+        subject = None if bound is None else example(bound["input"])
+        weight = None if bound is None else example(bound["weight"])
+        if bound is None or subject is None or (weight is not None and weight.requires_grad):
+            return
+        reading = Reading(self, node, bound, keep_source=False)
+        term = reading.term(law, 0, [subject], example(node).requires_grad) if reading.sound else None
+        rule = lookup(law.advice)
+        if term is None or not rule.matches(term) or not self._may_swap(reading):
+            return
+        term = drop_epsilons(term) if settings.drop else term
+        if self._fits(term, subject):
+            self.replacements.append(Replacement(node, rule, term, loss=Loss(subject, bound)))
 
     def _replace(self, node: fx.Node, rule: Rule, term: Term, result: Tensor, in_place: bool) -> None:
         overwritten = self._overwritten(node) if in_place else ()

@@ -9,6 +9,7 @@ from torch import fx
 
 from nanguard.errors import NanGuardWarning
 from nanguard.incident import Swap
+from nanguard.stabilizer.compiled.branches import Selections
 from nanguard.stabilizer.compiled.emit import carry_out
 from nanguard.stabilizer.compiled.names import swap_of
 from nanguard.stabilizer.compiled.plan import Plan, Policy
@@ -51,6 +52,11 @@ def _stabilised(module: fx.GraphModule, policy: Policy, seen: set[int]) -> list[
     if plan.replacements:
         swaps += [swap_of(replacement) for replacement in plan.replacements]
         carry_out(module.graph, plan)
+        module.recompile()
+    selections = Selections(module.graph, plan)
+    if selections.replacements:
+        swaps += [swap_of(replacement) for replacement in selections.replacements]
+        selections.carry_out()
         module.recompile()
     return swaps
 

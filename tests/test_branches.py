@@ -1,0 +1,134 @@
+"""Branches of `torch.where` that are not taken, eager and compiled: value and gradient are those of what is taken."""
+
+import pytest
+import torch
+
+import nanguard
+
+X = torch.tensor([[0.0, 2, -3], [1, 0.5, -1], [-0.0, 300, 1e-4]])
+
+
+def logarithm(x, y):
+    return torch.where(x > 0, torch.log(y), torch.zeros_like(x))
+
+
+def times_itself(x, y):
+    return torch.where(x > 0, x * torch.log(y), torch.zeros(()))
+
+
+def root(x, y):
+    return torch.where(x > 0, torch.sqrt(y), 0.0)
+
+
+def power(x, y):
+    return torch.where(x <= 0, torch.zeros_like(x), y**0.5)
+
+
+def quotient(x, y):
+    return torch.where(x == 0, torch.ones_like(x), torch.sin(x) / y)
+
+
+def exponential(x, y):
+    return torch.where(x > 2, x, torch.exp(y) - 1)
+
+
+def filled(x, y):
+    return torch.log(y).masked_fill(x <= 0, 2.0)
+
+
+def inverse_sine(x, y):
+    return torch.where(x.abs() < 1, torch.asin(y) * 2, x)
+
+
+def inverse_cosine(x, y):
+    return x.where(x.abs() >= 1, y.acos())
+
+
+def norm(x, y):
+    squares, taken = (y * y).sum(1), (x > 0).any(1)
+    return torch.where(taken, torch.sqrt(squares), squares)
+
+
+def made_finite(x, y):
+    return torch.nan_to_num(x * torch.log(y), nan=0.0)
+
+
+# Where the branch is taken, and what harmless numbers stand elsewhere.
+CASES = {
+    logarithm: lambda x: x > 0,
+    times_itself: lambda x: x > 0,
+    root: lambda x: x > 0,
+    power: lambda x: x > 0,
+    quotient: lambda x: x != 0,
+    exponential: lambda x: x <= 2,
+    filled: lambda x: x > 0,
+    inverse_sine: lambda x: x.abs() < 1,
+    inverse_cosine: lambda x: x.abs() < 1,
+    made_finite: lambda x: x > 0,
+}
+
+
+def value_and_gradient(loss, x, *more):
+    x = x.clone().requires_grad_()
+    value = loss(x, *more)
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+
+def as_written(loss):
+    return lambda x: loss(x, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mode", ["eager", "compiled", "dynamic"])
+@pytest.mark.parametrize("loss", CASES, ids=lambda loss: loss.__name__)
+def test_the_gradient_is_that_of_what_is_taken(loss, mode, dtype):
+    taken, x = CASES[loss], X.to(dtype)
+    function = as_written(loss)
+    torch._dynamo.reset()
+    if mode != "eager":
+        function = torch.compile(function, backend="aot_eager", dynamic=mode == "dynamic")
+    with nanguard.stabilize() as swaps:
+        found = value_and_gradient(function, x)
+    assert [swap.rule for swap in swaps] == ["NG401"]
+    selected = times_itself if loss is made_finite else loss
+    expected = value_and_gradient(lambda x: selected(x, torch.where(taken(x), x, 0.5)), x)
+    plain, _ = value_and_gradient(as_written(loss), x)
+    assert torch.equal(found[0], plain)
+    assert torch.equal(found[1], expected[1].nan_to_num())
+
+
+@pytest.mark.parametrize("loss", CASES, ids=lambda loss: loss.__name__)
+def test_compiled_branches_that_are_harmless_keep_their_bits(loss):
+    x = torch.rand(4, 3) * 0.9 + 0.05
+    plain = value_and_gradient(as_written(loss), x)
+    torch._dynamo.reset()
+    with nanguard.stabilize():
+        found = value_and_gradient(torch.compile(as_written(loss), backend="aot_eager"), x)
+    assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_branch_that_somebody_watches_stays_as_it_is(compiled):
+    def watched(x):
+        branch = torch.log(x)
+        branch.register_hook(lambda grad: grad * 2)
+        return torch.where(x > 0, branch, torch.zeros_like(x))
+
+    torch._dynamo.reset()
+    plain = value_and_gradient(watched, X)
+    with nanguard.stabilize() as swaps:
+        found = value_and_gradient(torch.compile(watched, backend="aot_eager") if compiled else watched, X)
+    assert swaps == []
+    torch.testing.assert_close(found, plain, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_branch_with_a_region_of_its_own_shape(compiled):
+    """One row is one element of the mask: what is not taken of it is not computed anew element by element."""
+    torch._dynamo.reset()
+    x = torch.tensor([[3.0, 4], [0, 0], [0, 1]])
+    function = as_written(norm)
+    with nanguard.stabilize():
+        value, gradient = value_and_gradient(torch.compile(function, backend="aot_eager") if compiled else function, x)
+    assert torch.equal(value, torch.tensor([5.0, 0, 1]))
+    assert torch.equal(gradient, torch.tensor([[0.6, 0.8], [0, 0], [0, 1]]))
