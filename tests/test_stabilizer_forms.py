@@ -105,6 +105,22 @@ def without_own(s):
     return -torch.log((e / e.sum(1, keepdim=True)).masked_fill(EYE, 1.0)).mean()
 
 
+def chain(x):
+    p, state = F.softmax(x, 1), torch.full((5,), 0.2, dtype=x.dtype)
+    state = p[0] * state
+    for step in range(1, 6):
+        state = (state @ STEPS.to(x.dtype)) * p[step]
+    return -torch.log(state.sum())
+
+
+def chain_reference(x):
+    state = lsm(x)[0] - math.log(5)
+    for log_p in lsm(x)[1:]:
+        state = torch.logsumexp(state[:, None] + STEPS.to(x.dtype).log(), 0) + log_p
+    return -state.logsumexp(0)
+
+
+STEPS = torch.eye(5) * 0.9 + torch.eye(5).roll(1, 0) * 0.1
 ALLOWED = MASK | F.one_hot(TARGET, 5).bool()
 
 # Name: form, reference, inputs.
@@ -184,6 +200,11 @@ FORMS = {
         without_own,
         lambda s: -F.log_softmax(masked(s, EYE), 1).masked_fill(EYE, 0).mean(),
         (scores(),),
+    ),
+    "markov chain": (chain, chain_reference, ((torch.randn(6, 5, generator=torch.Generator().manual_seed(3)) * 90),)),
+    "inner": (
+        lambda x: torch.log(torch.inner(F.softmax(x[:3] * 3, 1), F.softmax(-x[3:] * 3, 1))).mean(),
+        lambda x: torch.logsumexp(lsm(x[:3] * 3)[:, None] + lsm(-x[3:] * 3), 2).mean(),
     ),
     "tensordot": (
         lambda x: torch.log(torch.tensordot(PRIOR.to(x.dtype)[:2], F.softmax(x, 1)[:, [0, 4]], dims=([0], [1]))).mean(),

@@ -165,7 +165,10 @@ def renormalises(log: Term, divisor: Shape) -> bool:
     Those that are compared to other ones, class by class, remain what they are, and totals become means. A single number
     divides all alike.
     """
-    if not is_over_probabilities(log) or is_sum(core(log)):
+    total = log
+    while isinstance(total, Apply) and total.operator.move:
+        total = total.args[0]
+    if not is_over_probabilities(log) or is_sum(total):
         return False
     if divisor == () or (is_selection(log) and divisor == log.shape):
         return False
@@ -174,7 +177,9 @@ def renormalises(log: Term, divisor: Shape) -> bool:
     ):
         return True
     inner = core(log)
-    if not isinstance(inner, Apply) or inner.operator is not ops.LOG_SOFTMAX or inner.shape != log.shape:
+    if not isinstance(inner, Apply) or inner.operator is not ops.LOG_SOFTMAX:
+        return len(log.shape) > 1 or bool(divisor != log.shape)
+    if inner.shape != log.shape:
         return bool(divisor != log.shape)
     behind = len(log.shape) - inner.params["dim"]
     return len(divisor) < behind or bool(divisor[-behind] == 1)

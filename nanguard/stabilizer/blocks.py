@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Any, Protocol
 
+from torch import Tensor
+
+from nanguard.algebra import Term
 from nanguard.stabilizer.report import Report
 
 __all__ = ["Block", "active_blocks"]
@@ -29,6 +32,9 @@ class Block(Protocol):
 
     def close(self) -> None:
         """Forget everything."""
+
+    def receive(self, tensor: Tensor, term: Term) -> None:
+        """Learn the logarithm of what compiled code has computed."""
 
     def is_renewed(self) -> bool:
         """Whether a backward pass that recomputes the code that runs now will do so in a mode like this one."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from string import ascii_letters
 
 from nanguard.algebra import build, totals
@@ -14,7 +14,7 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.call import Call, Operand, normal_dim
 from nanguard.algebra.pattern import is_over_probabilities
 from nanguard.algebra.registry import law
-from nanguard.algebra.term import Term, Unrecognised
+from nanguard.algebra.term import Leaf, Term, Unrecognised
 
 # All products are laid out before they are summed: of more elements than this nothing is learned.
 LARGEST_PRODUCT = 1 << 22
@@ -31,8 +31,8 @@ class _Factor:
         self.known = operand.log is not None
         self.term: Term = operand.log if operand.log is not None else operand.leaf
         self.layer = not self.known and operand.leaf.tracked and len(operand.leaf.shape) > LARGEST_RANK
-        if self.known and self.term.signed:  # what was weighed before: another layer
-            raise Unrecognised
+        weights = _weights(self.term) if self.known else iter((operand.leaf,))
+        self.deep = len(self.term.shape) > LARGEST_RANK or any(leaf.tracked for leaf in weights)
 
     def laid_out(self, order: Sequence[int], shape: tuple[int, ...]) -> Term:
         """Dims in another order, and new ones of size 1."""
@@ -42,7 +42,19 @@ class _Factor:
         return build.reshape(term, shape)
 
 
+def _weights(term: Term) -> Iterator[Leaf]:
+    """The tensors of either sign that went into a number."""
+    if isinstance(term, Leaf):
+        return
+    if term.operator in (ops.WEIGH, ops.WEIGH_REST):
+        yield from term.args[1].leaves
+    for arg in term.args:
+        yield from _weights(arg)
+
+
 def _product(first: _Factor, second: _Factor, one: Term, other: Term, dims: tuple[int, ...]) -> Term:
+    if (first.term.signed or second.term.signed) and (first.deep or second.deep):
+        raise Unrecognised  # weighed before, as by transition probabilities, but here it is another layer of a network
     if not (first.known or second.known) or (first.layer and is_over_probabilities(second.term)):
         raise Unrecognised
     if second.layer and is_over_probabilities(first.term):
@@ -108,6 +120,18 @@ def linear(call: Call) -> Term:
     if len(b) != 2 or not a:
         raise Unrecognised
     return _product(first, second, first.laid_out(range(len(a)), (*a[:-1], 1, a[-1])), second.term, (len(a),))
+
+
+# sum over the last dim of both
+@law("torch.inner(input, other)\n torch.Tensor.inner(input, other)")
+def inner(call: Call) -> Term:
+    first, second = _Factor(call, call["input"]), _Factor(call, call["other"])
+    a, b = first.term.shape, second.term.shape
+    if not a or not b:
+        raise Unrecognised
+    rank = len(a) + len(b) - 2
+    left = first.laid_out(range(len(a)), (*a[:-1], *(1,) * (len(b) - 1), a[-1]))
+    return _product(first, second, left, second.term, (rank,))
 
 
 # sum over the letters that are missing on the right

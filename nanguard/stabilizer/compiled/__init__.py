@@ -11,6 +11,7 @@ The semantics, in full:
    those of the new node, since autograd has not run yet; what nobody uses any more, nobody computes.
 4. In doubt nothing is replaced: memory written into unseen, subclasses of tensors, transforms, functions of unknown effect,
    values at which derivatives are asked for, sizes about which a question cannot be answered for every call.
-5. Knowledge ends where the graph does: at graph breaks, and at the boundaries of higher-order operations. Regions under
+5. Knowledge enters no graph: it ends at the boundaries of higher-order operations, and where a graph begins. What a graph
+   knows about its results, and in terms of its inputs and results alone, is told to the eager code that follows. Regions under
    `torch.utils.checkpoint` are graphs of their own.
 """

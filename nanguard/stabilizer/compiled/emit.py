@@ -17,7 +17,7 @@ from nanguard.stabilizer.compiled.sizes import Opaque, Size
 from nanguard.stabilizer.evaluate import compute_dtype, evaluate, is_fresh
 from nanguard.stabilizer.losses import BinaryCrossEntropy
 
-__all__ = ["carry_out"]
+__all__ = ["carry_out", "rebuilt"]
 
 
 # What stands for a node in a term.
@@ -66,7 +66,7 @@ class _Arguments:
 
     def template(self, value: Any, known: dict[int, Any]) -> Any:
         """A term, or a parameter of one, in which every node is a slot. What occurs several times stays one."""
-        return _rebuilt(value, known, lambda found: self._slot(found) if isinstance(found, _WRITABLE) else found)
+        return rebuilt(value, known, lambda found: self._slot(found) if isinstance(found, _WRITABLE) else found)
 
     def _slot(self, value: Any) -> _Slot:
         if isinstance(value, Size):
@@ -81,31 +81,31 @@ class _Arguments:
 
 def _filled(template: Term, given: tuple[Any, ...]) -> Term:
     """A template with the arguments in their slots."""
-    term: Term = _rebuilt(template, {}, lambda found: given[found.index] if isinstance(found, _Slot) else found)
+    term: Term = rebuilt(template, {}, lambda found: given[found.index] if isinstance(found, _Slot) else found)
     return term
 
 
-def _rebuilt(value: Any, known: dict[int, Any], change: Callable[[Any], Any]) -> Any:
+def rebuilt(value: Any, known: dict[int, Any], change: Callable[[Any], Any]) -> Any:
     """A term with other values in its leaves and parameters. What occurs several times in it stays one."""
     if isinstance(value, (Apply, Leaf)):
         if id(value) not in known:
             known[id(value)] = _rebuilt_term(value, known, change)
         return known[id(value)]
     if isinstance(value, tuple):
-        return tuple(_rebuilt(entry, known, change) for entry in value)
+        return tuple(rebuilt(entry, known, change) for entry in value)
     if isinstance(value, list):
-        return [_rebuilt(entry, known, change) for entry in value]
+        return [rebuilt(entry, known, change) for entry in value]
     if isinstance(value, slice):
-        return slice(*(_rebuilt(part, known, change) for part in (value.start, value.stop, value.step)))
+        return slice(*(rebuilt(part, known, change) for part in (value.start, value.stop, value.step)))
     return change(value)
 
 
 def _rebuilt_term(term: Term, known: dict[int, Any], change: Callable[[Any], Any]) -> Term:
-    shape = _rebuilt(term.shape, known, change)
+    shape = rebuilt(term.shape, known, change)
     if isinstance(term, Leaf):
         return Leaf(change(term.value), shape, term.version, term.tracked, term.counts)
-    params = {name: _rebuilt(param, known, change) for name, param in term.params.items()}
-    return Apply(term.operator, tuple(_rebuilt(arg, known, change) for arg in term.args), shape, **params)
+    params = {name: rebuilt(param, known, change) for name, param in term.params.items()}
+    return Apply(term.operator, tuple(rebuilt(arg, known, change) for arg in term.args), shape, **params)
 
 
 def _function(replacement: Replacement, template: Term, edited: bool) -> Callable[..., Tensor]:

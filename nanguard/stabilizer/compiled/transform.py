@@ -11,6 +11,7 @@ from nanguard.errors import NanGuardWarning
 from nanguard.incident import Swap
 from nanguard.stabilizer.compiled.branches import Selections
 from nanguard.stabilizer.compiled.emit import carry_out
+from nanguard.stabilizer.compiled.handed import Handed, handed_over
 from nanguard.stabilizer.compiled.names import swap_of
 from nanguard.stabilizer.compiled.plan import Plan, Policy
 from nanguard.stabilizer.compiled.settings import Settings
@@ -21,13 +22,14 @@ __all__ = ["stabilised"]
 _REGIONS = frozenset({"invoke_subgraph", "tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"})
 
 
-def stabilised(module: fx.GraphModule, policy: Policy) -> list[Swap]:
+def stabilised(module: fx.GraphModule, policy: Policy, handed: list[Handed] | None = None) -> list[Swap]:
     """Replace what is unstable in a graph that dynamo captured, and say what was replaced, one entry for each place.
 
-    A graph that cannot be read is left as it was found, with a warning.
+    What is known about the results of the graph is put into `handed`. A graph that cannot be read is left as it was found,
+    with a warning.
     """
     try:
-        swaps = _stabilised(module, policy, set())
+        swaps = _stabilised(module, policy, set(), handed)
     except Exception as error:  # a user's model has to train, whatever a new version of torch puts into its graphs
         message = f"a compiled graph is left as it is, because it could not be read: {type(error).__name__}: {error}"
         warnings.warn(message, NanGuardWarning, stacklevel=2)
@@ -40,7 +42,9 @@ def stabilised(module: fx.GraphModule, policy: Policy) -> list[Swap]:
     return list(merged.values())
 
 
-def _stabilised(module: fx.GraphModule, policy: Policy, seen: set[int]) -> list[Swap]:
+def _stabilised(
+    module: fx.GraphModule, policy: Policy, seen: set[int], handed: list[Handed] | None = None
+) -> list[Swap]:
     if id(module) in seen:
         return []
     seen.add(id(module))
@@ -49,6 +53,8 @@ def _stabilised(module: fx.GraphModule, policy: Policy, seen: set[int]) -> list[
         for region in _regions(module, node):
             swaps += _stabilised(region, _inside(policy, node), seen)
     plan = Plan(module.graph, policy)
+    if handed is not None:
+        handed += handed_over(module.graph, plan)
     if plan.replacements:
         swaps += [swap_of(replacement) for replacement in plan.replacements]
         carry_out(module.graph, plan)

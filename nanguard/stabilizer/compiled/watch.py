@@ -15,6 +15,8 @@ from nanguard.stabilizer.compiled.settings import Settings
 if TYPE_CHECKING:
     from torch import fx
 
+    from nanguard.stabilizer.compiled.handed import Handed
+
 __all__ = ["BLOCK", "counted", "entering", "leave", "run_as_is", "tell", "tracing"]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -155,10 +157,16 @@ class Watch:
 
     def __call__(self, module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         """Compile a graph that dynamo has captured."""
-        from nanguard.stabilizer.compiled.transform import stabilised  # only what is compiled pays for that import
+        # Only what is compiled pays for these imports.
+        from nanguard.stabilizer.compiled.handed import handing
+        from nanguard.stabilizer.compiled.transform import stabilised
 
-        swaps = stabilised(module, lambda node: self._inside.get(node, self.around))
-        return counted(self._compiler(module, *args, **kwargs), swaps, _note_in_block)
+        handed: list[Handed] = []
+        swaps = stabilised(module, lambda node: self._inside.get(node, self.around), handed)
+        compiled = self._compiler(module, *args, **kwargs)
+        if self.around is not None:
+            compiled = handing(compiled, handed)
+        return counted(compiled, swaps, _note_in_block)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiler, name)  # dynamo asks backends for their names and settings
