@@ -165,6 +165,19 @@ def jaccard(x):
     return 1 - common / (p.sum() + y.sum() - common + 1e-3)
 
 
+def soft_f1(x):
+    p, y = torch.sigmoid(x), (x > 0).to(x.dtype)
+    precision = (p * y).sum(0) / (p.sum(0) + 1e-3)
+    recall = (p * y).sum(0) / ((p * y).sum(0) + ((1 - p) * y).sum(0) + 1e-3)
+    return 1 - 2 * precision * recall / (precision + recall + 1e-3)
+
+
+def aligned_to_marginal(x):
+    p = torch.softmax(x, 1).detach()
+    p = p * (0.25 / (p.mean(0) + 1e-3))
+    return p / p.sum(1, keepdim=True) * x
+
+
 def smooth_shares(x):
     p = torch.softmax(x, 1)
     return (p[:, :2].sum() + 1) / (p.sum() + 1)
@@ -172,10 +185,25 @@ def smooth_shares(x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("x", [EXTREME, EXTREME / 50], ids=["saturated", "moderate"])
-@pytest.mark.parametrize("loss", [dice, jaccard, smooth_shares], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(
+    "loss", [dice, jaccard, smooth_shares, soft_f1, aligned_to_marginal], ids=lambda loss: loss.__name__
+)
 def test_parts_of_a_total_with_a_floor_stay_as_they_are(loss, x, dtype):
     plain = value_and_gradient(loss, x.to(dtype))
     with nanguard.stabilize() as swaps:
         found = value_and_gradient(loss, x.to(dtype))
     assert not swaps
+    assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+
+
+@pytest.mark.parametrize("root", [torch.sqrt, lambda p: p**0.5, lambda p: p.pow(0.3), torch.rsqrt], ids=range(4))
+def test_roots_of_moderate_numbers_keep_their_bits(root):
+    def loss(x):
+        return root(torch.sigmoid(x).detach() * torch.sigmoid(-x)) + root(torch.softmax(x, 1))
+
+    x = EXTREME / 100
+    plain = value_and_gradient(loss, x)
+    with nanguard.stabilize() as swaps:
+        found = value_and_gradient(loss, x)
+    assert {swap.rule for swap in swaps} <= {"NG203", "NG204"}
     assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))

@@ -11,6 +11,7 @@ from nanguard.algebra.pattern import (
     is_part,
     is_sigmoid_multiple,
     is_sum,
+    is_total,
     operators,
 )
 from nanguard.algebra.term import Apply, Term
@@ -19,6 +20,7 @@ __all__ = ["exponential", "fails_in_gradient_only"]
 
 # The reciprocal of anything larger, and its derivative, are finite.
 _FLOOR = 1e-15
+_QUOTIENTS = frozenset({"subtract", "negate"})
 
 
 def exponential(term: Term) -> Term | None:
@@ -58,17 +60,8 @@ def _is_normalised(term: Term) -> bool:
 def _may_vanish(term: Term) -> bool:
     """Whether all of it may have vanished: sigmoids without a softmax sum to anything, and so do products."""
     names = operators(term)
-    return "add" in names or not names & {"log_softmax", "log_rest"}
-
-
-def _is_total(term: Term) -> bool:
-    """Whether it is a sum, or made of sums and constants: a denominator that the numerator is a part of, as in a Dice loss."""
-    found = core(term)
-    while is_op(found, ops.PLUS_CONSTANT):
-        found = core(found.args[0])  # type: ignore[union-attr]
-    if is_op(found, ops.DIFFERENCE, ops.LOGADDEXP):
-        return all(map(_is_total, found.args))  # type: ignore[union-attr]
-    return is_sum(found)
+    product = "add" in names and not names & _QUOTIENTS
+    return product or not names & {"log_softmax", "log_rest"}
 
 
 def _has_floor(term: Term) -> bool:
@@ -76,6 +69,11 @@ def _has_floor(term: Term) -> bool:
     while isinstance(term, Apply) and term.operator.move:
         term = term.args[0]
     return is_op(term, ops.PLUS_CONSTANT, ops.CLAMP_MIN) and bool(term.params["constant"] >= _FLOOR)  # type: ignore[union-attr]
+
+
+def _is_finite(term: Term) -> bool:
+    """Whether it is made of probabilities without a quotient, so that nothing of it overflows."""
+    return is_bounded(term) and not operators(term) & _QUOTIENTS
 
 
 def _are_weighed_alike(above: Term, below: Term) -> bool:
@@ -99,8 +97,10 @@ def _is_fragile(term: Term) -> bool:
         above, below = inner.args
         if _is_plain(below) or (_is_plain(above) and is_over_probabilities(below)):
             return False
-        if _has_floor(below) and is_bounded(above) and is_bounded(below):
+        if _has_floor(below) and _is_finite(above) and _is_finite(below):
             return False
-        return not (_is_total(below) and _is_normalised(above)) or _are_weighed_alike(above, below)
+        return not (is_total(below) and _is_normalised(above)) or _are_weighed_alike(above, below)
     root = inner.operator is ops.SCALE and inner.params["other"] < 1 and not is_sum(core(inner))
-    return root or inner.operator is ops.NEGATE
+    if inner.operator is ops.NEGATE:
+        return not (is_total(inner.args[0]) and _is_normalised(inner.args[0]))
+    return root

@@ -22,6 +22,7 @@ __all__ = [
     "is_softmax_of_logits",
     "is_softplus",
     "is_sum",
+    "is_total",
     "operators",
     "renormalises",
     "unshifted",
@@ -142,6 +143,16 @@ def is_sum(term: Term) -> bool:
     return isinstance(term, Apply) and term.operator in _SUMS
 
 
+def is_total(term: Term) -> bool:
+    """Whether it is a sum, or made of sums and constants: a denominator that the numerator is a part of, as in a Dice loss."""
+    found = core(term)
+    while isinstance(found, Apply) and found.operator is ops.PLUS_CONSTANT:
+        found = core(found.args[0])
+    return is_sum(found) or (
+        isinstance(found, Apply) and found.operator is ops.DIFFERENCE and all(map(is_total, found.args))
+    )
+
+
 def is_probability_or_total(term: Term) -> bool:
     """Whether an epsilon on it guards a probability or a sum of exponentials, and not a mixture or a ratio."""
     while isinstance(term, Apply) and (term.operator.move or _is_guard(term)):
@@ -191,8 +202,8 @@ def is_over_probabilities(term: Term) -> bool:
 
 
 def is_bounded(term: Term) -> bool:
-    """Whether it is made of probabilities alone, by sums, products and weights, so that nothing in it overflows."""
-    if isinstance(term, Leaf) or term.operator in (ops.SUBTRACT, ops.NEGATE):
+    """Whether it is made of probabilities alone, by sums, products, weights and shares."""
+    if isinstance(term, Leaf) or (term.operator is ops.NEGATE and not is_total(term.args[0])):
         return False
     if term.operator in (ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST, ops.FULL):
         return True

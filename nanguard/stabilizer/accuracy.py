@@ -32,11 +32,14 @@ FEW = 1 << 16
 _BOUND = 2.0**24
 _DTYPES = (torch.float32, torch.float64)
 _SOURCES = frozenset({"exp", "softmax", "sigmoid"})
-_DIVISORS = {"div": "other", "reciprocal": "input"}
+_DIVISORS = {"div": "other", "reciprocal": "input", "sqrt": "input", "rsqrt": "input", "pow": "input"}
+_ROOTS = frozenset({"sqrt", "rsqrt", "pow"})
 
 
 def digits_of(law: Law, outline: Term) -> Digits:
-    """Whether a result has all its digits: always, if what it was computed from has, or if its divisor is moderate too."""
+    """Whether a result has all its digits: always, if what it was computed from has, or if its divisor or root is moderate."""
+    if law.name in _ROOTS and isinstance(outline, Apply) and outline.operator in (ops.SCALE, ops.NEGATE):
+        return "if divisor"
     if law.role == "source":
         return "all" if law.name in _SOURCES else "unknown"
     if not isinstance(outline, Apply) or outline.signed:
@@ -45,7 +48,7 @@ def digits_of(law: Law, outline: Term) -> Digits:
         return "if divisor"
     if law.name == "mul" and outline.operator is ops.ADD and is_bounded(outline):
         return "if parents"  # what has underflowed in a factor has done so in the product
-    return "if parents" if law.name in ("sum", "add") or _is_complete(outline) else "unknown"
+    return "if parents" if law.name in ("sum", "add", "detach") or _is_complete(outline) else "unknown"
 
 
 def _is_complete(outline: Apply) -> bool:
