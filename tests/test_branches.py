@@ -132,3 +132,33 @@ def test_a_branch_with_a_region_of_its_own_shape(compiled):
         value, gradient = value_and_gradient(torch.compile(function, backend="aot_eager") if compiled else function, x)
     assert torch.equal(value, torch.tensor([5.0, 0, 1]))
     assert torch.equal(gradient, torch.tensor([[0.6, 0.8], [0, 0], [0, 1]]))
+
+
+BOUNDED = {
+    "exponential": (torch.exp, lambda p: p.clamp(max=20.0)),
+    "ratio": (lambda x: torch.exp(2 * x), lambda p: torch.clamp(p, 0.8, 3) * 2),
+    "logarithm": (lambda x: torch.log(x.abs()), lambda p: torch.clamp_min(p, -10)),
+    "quotient": (lambda x: 1 / x, lambda p: torch.clamp_max(p, 4)),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_beyond_bounds_the_derivative_is_zero(name, compiled):
+    function, bound = BOUNDED[name]
+
+    def loss(x):
+        return bound(function(x))
+
+    x = X.clone().requires_grad_()
+    plain = loss(x)
+    p = function(x).detach().requires_grad_()
+    slope = torch.autograd.grad(bound(p).sum(), p)[0]
+    harmless = torch.where(slope != 0, x, 0.5)
+    expected = torch.autograd.grad((function(harmless) * slope).sum(), x)[0]
+    torch._dynamo.reset()
+    with nanguard.stabilize() as swaps:
+        value, gradient = value_and_gradient(torch.compile(loss, backend="aot_eager") if compiled else loss, X)
+    assert [swap.rule for swap in swaps] == ["NG401"]
+    assert torch.equal(value, plain)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)

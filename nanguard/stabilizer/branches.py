@@ -1,4 +1,4 @@
-"""The trap of `torch.where`: a branch that is not taken spoils the gradient all the same.
+"""The trap of `torch.where`, and of bounds: a branch that is not taken spoils the gradient all the same.
 
 In ``torch.where(x > 0, torch.log(x), 0)`` the value at x = 0 is 0, but its gradient is 0 * inf = NaN: the derivative of the
 branch is multiplied by a zero, not left out. What was computed from logarithms, quotients, roots or exponentials is remembered
@@ -18,7 +18,7 @@ from torch import Tensor
 from nanguard.algebra import Law, Spelling
 from nanguard.stabilizer.knowledge import is_plain
 
-__all__ = ["HARMLESS", "LONGEST", "Branches"]
+__all__ = ["BOUNDS", "HARMLESS", "LONGEST", "Branches"]
 
 # No function that is remembered has an infinite value or derivative there.
 HARMLESS = 0.5
@@ -26,6 +26,8 @@ HARMLESS = 0.5
 _ROOTS = frozenset({"sqrt", "pow"})
 # Of these it is infinite where the value is like any other.
 _ENDS = frozenset({"arcsine"})
+# What selects the numbers within bounds.
+BOUNDS = frozenset({"clamp", "clamp_min", "clamp_max"})
 # Branches are short; a longer computation is a network.
 LONGEST = 12
 
@@ -158,6 +160,8 @@ class Branches:
             options = {key: bound[key] for key in ("nan", "posinf", "neginf")}
             taken = self._anew(value, value.detach().isfinite())
             return None if taken is None else torch.where(value.isfinite(), taken, value.detach().nan_to_num(**options))
+        if name in BOUNDS:
+            return self._bounded(bound["input"], bound.get("min"), bound.get("max"))
         if name == "masked_fill":
             mask: Tensor = bound["mask"]
             taken = self._anew(bound["input"], ~mask)
@@ -169,6 +173,15 @@ class Branches:
         return torch.where(
             condition, bound["input"] if one is None else one, bound["other"] if other is None else other
         )
+
+    def _bounded(self, value: Tensor, least: Any, most: Any) -> Tensor | None:
+        """What lies within the bounds; beyond them the derivative is 0, also where the value is infinite."""
+        if not all(end is None or type(end) in (int, float) for end in (least, most)) or self._find(value) is None:
+            return None
+        bounded = value.detach().clamp(least, most)
+        inside = bounded == value.detach()
+        taken = self._anew(value, inside)
+        return None if taken is None else torch.where(inside, taken, bounded)
 
     def _anew(self, branch: Any, taken: Tensor) -> Tensor | None:
         step = self._find(branch)

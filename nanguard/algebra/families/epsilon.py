@@ -27,7 +27,8 @@ from nanguard.algebra.term import Apply, Leaf, Term
     torch.Tensor.clip_(input, min=None, max=None)
     torch.clamp_(input, min=None, max=None)
     torch.clip_(input, min=None, max=None)
-    """
+    """,
+    branch="selects",
 )
 def clamp(call: Call) -> Term:
     minimum = None if call["min"] is None else call.number("min")
@@ -49,7 +50,8 @@ def _bounded(log: Term, minimum: float | None, maximum: float | None) -> Term:
     torch.Tensor.clamp_min(input, min)
     torch.Tensor.clamp_min_(input, min)
     torch.clamp_min_(input, min)
-    """
+    """,
+    branch="selects",
 )
 def clamp_min(call: Call) -> Term:
     return _bounded(call.log(), call.number("min"), None)
@@ -61,7 +63,8 @@ def clamp_min(call: Call) -> Term:
     torch.Tensor.clamp_max(input, max)
     torch.Tensor.clamp_max_(input, max)
     torch.clamp_max_(input, max)
-    """
+    """,
+    branch="selects",
 )
 def clamp_max(call: Call) -> Term:
     return totals.clamp(call.log(), None, call.positive("max"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from nanguard.algebra import Leaf, lookup
-from nanguard.stabilizer.branches import HARMLESS, LONGEST
+from nanguard.stabilizer.branches import BOUNDS, HARMLESS, LONGEST
 from nanguard.stabilizer.compiled.frames import is_of_subclass
 from nanguard.stabilizer.compiled.memory import Memory, example, is_plain
 from nanguard.stabilizer.compiled.plan import Plan, Replacement
@@ -80,6 +80,9 @@ class Selections:
         )
 
     def _is_trap(self, name: str, bound: dict[str, Any]) -> bool:
+        if name in BOUNDS:
+            ends = (bound.get("min"), bound.get("max"))
+            return bound["input"] in self._lengths and all(end is None or type(end) in (int, float) for end in ends)
         mask = bound.get("mask" if name == "masked_fill" else "condition", bound["input"])
         is_mask = isinstance(example(mask), Tensor) and (name == "nan_to_num" or example(mask).dtype == torch.bool)
         return is_mask and any(
@@ -106,6 +109,14 @@ class Selections:
         taken = self._graph.call_function(torch.isfinite, (value,))
         other = self._graph.call_function(torch.nan_to_num, (self._graph.call_method("detach", (value,)),), options)
         return taken, self._anew(value, taken, example(value)), other
+
+    def clamp(self, bound: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of `torch.where` for bounds."""
+        value, graph = bound["input"], self._graph
+        bare = graph.call_method("detach", (value,))
+        bounded = graph.call_function(torch.clamp, (bare, bound.get("min"), bound.get("max")))
+        inside = graph.call_function(torch.eq, (bounded, bare))
+        return inside, self._anew(value, inside, example(value)), bounded
 
     def _typed(self, value: Any, like: fx.Node) -> Any:
         """A filler in the dtype of what is filled; `torch.where` would promote a tensor."""
@@ -134,6 +145,7 @@ class Selections:
 
 _SELECT: dict[str, Callable[[Selections, dict[str, Any]], tuple[Any, ...]]] = {
     "where": Selections.where,
+    **dict.fromkeys(BOUNDS, Selections.clamp),
     "masked_fill": Selections.masked_fill,
     "nan_to_num": Selections.nan_to_num,
 }
