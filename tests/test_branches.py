@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import nanguard
 
@@ -118,6 +119,20 @@ def test_a_branch_that_somebody_watches_stays_as_it_is(compiled):
     plain = value_and_gradient(watched, X)
     with nanguard.stabilize() as swaps:
         found = value_and_gradient(torch.compile(watched, backend="aot_eager") if compiled else watched, X)
+    assert swaps == []
+    torch.testing.assert_close(found, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_branch_that_somebody_watches_after_a_checkpoint_stays_as_it_is():
+    def watched(x):
+        branch = torch.log(x)
+        other = checkpoint(lambda x: torch.log(x.abs() + 1), x, use_reentrant=False)
+        branch.register_hook(lambda grad: grad * 2)
+        return torch.where(x > 0, branch, other)
+
+    plain = value_and_gradient(watched, X)
+    with nanguard.stabilize() as swaps:
+        found = value_and_gradient(watched, X)
     assert swaps == []
     torch.testing.assert_close(found, plain, rtol=0, atol=0, equal_nan=True)
 

@@ -112,8 +112,8 @@ class Branches:
 
     def pin(self, tensor: Any) -> None:
         """Note that somebody watches derivatives at a tensor: what follows it is not computed anew, which would bypass it."""
-        step = self._find(tensor)
-        if step is not None:
+        step = self._steps.get(id(tensor))
+        if step is not None and step.result() is tensor:  # whatever region it was computed in
             step.function = None
 
     def note(
