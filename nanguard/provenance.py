@@ -55,7 +55,7 @@ class Collation:
         before = RngState.save()
         try:
             return self._asked(indices, rows, size)
-        except Exception:  # a sample or a batch of one sample that cannot be made here tells nothing
+        except Exception:  # a sample or a batch that cannot be made here tells nothing
             return None
         finally:
             before.restore()
@@ -69,7 +69,9 @@ class Collation:
 
         def made_of(row: int, position: int) -> bool:
             if position not in alone:
-                alone[position] = self._batch([samples[position]] * len(samples))
+                alone[position] = self._alone(samples[position], len(samples))
+            if alone[position] is None:
+                return False
             return _same(take(whole, [row], size), take(alone[position], [row], size))
 
         if len(rows) > _MOST_ROWS:  # spot checks: each costs a batch
@@ -84,6 +86,13 @@ class Collation:
                 return None
             found.append(indices[source])
         return tuple(found)
+
+    def _alone(self, sample: Any, size: int) -> Any:
+        """A batch that holds one sample only; `None` where there is none, as of one that is always dropped."""
+        try:
+            return self._batch([sample] * size)
+        except Exception:
+            return None
 
     def _batch(self, samples: list[Any]) -> Any:
         # Collate functions take samples apart, so that each needs one of its own.
