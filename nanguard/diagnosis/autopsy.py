@@ -23,8 +23,9 @@ from nanguard.diagnosis.cause import cause_of, guilty_operand
 from nanguard.diagnosis.facts import facts_of, state_facts
 from nanguard.diagnosis.leaves import leaf_path, meant_leaves, named_leaves
 from nanguard.diagnosis.naming import clean_name
-from nanguard.diagnosis.optimizing import optimizer_fault
+from nanguard.diagnosis.optimizing import infinite_setting, optimizer_fault
 from nanguard.diagnosis.recording import Trace
+from nanguard.diagnosis.records import Descent
 from nanguard.diagnosis.rerun import MicroBatch, Outcome, Rerun
 from nanguard.diagnosis.samples import SampleSearch
 from nanguard.diagnosis.statistics import describe_tensor
@@ -192,14 +193,17 @@ class _Case:
         parameter = {clean_name(key): entry for key, entry in self._rerun.module.named_parameters()}.get(name)
         if parameter is None or self._healthy is None:
             return None
+        optimizers = self._rerun.optimizers()
         try:
-            found = optimizer_fault(self._rerun.module, name, parameter, self._rerun.optimizers())
+            found = optimizer_fault(self._rerun.module, name, parameter, optimizers)
         except Exception:  # an optimizer that cannot be copied
             return None
         if found is None:
             return None
-        cause = cause_of(found)
-        return Diagnosis(found.origin, cause, advice=advice(cause, found.origin))
+        setting = infinite_setting(parameter, optimizers)
+        cause = cause_of(found) if setting is None else "overflow"
+        facts = {} if setting is None else {"setting": setting}
+        return Diagnosis(found.origin, cause, advice=advice(cause, found.origin, facts=facts))
 
     # -- whether the weights are the cause
 
@@ -212,8 +216,12 @@ class _Case:
             # No batch is known to have been well. A weight that is used whatever the batch is fails with each of them.
             return finding.external is not None and not self._picks(finding)
         # What an operation was given there does not depend on the batch, so no batch can be well.
+        if finding.evidence is None or finding.origin.phase != "forward":
+            return False
         operand = guilty_operand(finding, found.cause)
-        return operand is not None and finding.evidence is not None and operand in finding.evidence.independent
+        tensors = {position for position, value in enumerate(finding.told[1]) if isinstance(value, Descent)}
+        decisive = tensors if operand is None else {operand}
+        return bool(decisive) and decisive <= set(finding.evidence.independent)
 
     def _picks(self, finding: Finding) -> bool:
         return finding.kernel in ("aten.embedding", "aten.index", "aten.index_select", "aten.gather")
@@ -275,7 +283,7 @@ class _Case:
         guess = _suggested(found, finding, named_leaves(args), size)
         search = SampleSearch(size, fails)
         positions = search.run(guess)
-        if len(positions) == size and 0 < len(guess) < size:
+        if len(positions) == size and 0 < len(guess) < size and not search.each_alone:
             # Random draws fall otherwise in a smaller batch: keep its size, and fill it up with a sample that is well.
             well = next(position for position in range(size) if position not in guess)
             if fails_as((replaced(args[0], guess, well, size), *copy_of(args[1:]))):

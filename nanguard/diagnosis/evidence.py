@@ -151,12 +151,13 @@ def evidence_of(
         masked=any(map(masked, zeros)),
         meant=meant,
         row=record.row_masked or _normalised(record, guilty),
-        independent=tuple(i for i, value in enumerate(record.given) if not _depends(value)),
+        independent=tuple(i for i, value in enumerate(record.given) if _of_the_model(value)),
     )
 
 
-def _depends(value: Descent | float) -> bool:
-    return not isinstance(value, float) and value.batch
+def _of_the_model(value: Descent | float) -> bool:
+    """Whether an input is made of weights alone. Of a number, or a tensor made of numbers, nobody knows where it is from."""
+    return isinstance(value, Descent) and bool(value.weights) and not value.batch
 
 
 def _values(value: Any, shape: torch.Size, spots: Spots) -> Tensor:

@@ -121,7 +121,7 @@ class Evidence:
         masked: whether that 0 came from a mask of the program (`where`, `masked_fill`, an index).
         meant: whether an infinity that was meant met it there.
         row: whether it was given rows of only -inf.
-        independent: positions of the inputs that do not depend on the batch.
+        independent: positions of the inputs that are made of parameters and buffers alone.
     """
 
     new: Tensor

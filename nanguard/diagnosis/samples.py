@@ -76,6 +76,11 @@ class SampleSearch:
             pass
         return tuple(sorted(self.found or self._smallest))
 
+    @property
+    def each_alone(self) -> bool:
+        """Whether every sample of the batch is known to do it by itself."""
+        return all(self._known.get((position,)) for position in range(self._size))
+
     def _confirmed(self, guess: list[int]) -> bool:
         """Whether each suspect does it alone, and nobody else does."""
         if not guess:

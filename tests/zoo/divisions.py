@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zoo.base import Small, bug
+from zoo.base import Small, bug, rows
 
 ALL = tuple(range(8))
 
@@ -248,3 +248,13 @@ class ComplexImpedance(Small):
     def loss(self, h, y, s):
         impedance = torch.complex(h, h + 1) * s
         return (1 / impedance).abs().mean()  # <- here
+
+
+@bug("aten.div", "division_by_zero", samples=tuple(range(8)), batch_idx=0, count=None, data=lambda: rows((), 2))
+class CountedInPython(Small):
+    """The divisor is a number that was read from the batch: not even in the first step are the weights to blame."""
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        found = (x[:, 0] > 100).sum().item()
+        return F.cross_entropy(self.body(x), y, reduction="sum") / found  # <- here

@@ -128,6 +128,34 @@ class AdamWithoutEpsilon(Small):
         return torch.optim.Adam(self.parameters(), lr=0.01, eps=0.0)
 
 
+@bug("aten.add", "overflow", phase="optimizer", module="body", tensor="body.weight", batch_idx=2, **ANY)
+class LearningRateBecomesInfinite(Small):
+    """A schedule that divides by zero; the optimizer keeps no state."""
+
+    def loss(self, h, y, s):
+        return F.cross_entropy(h, y)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float("inf") if step else 1.0)
+        return [optimizer], [{"scheduler": warmup, "interval": "step"}]
+
+
+@bug("aten._weight_norm_interface", "division_by_zero", module="body.parametrizations.weight.0", batch_idx=0, **ANY)
+class DirectionOfZeros(Small):
+    """It fails in the first step already: no batch is known that was well, but the weights alone do it."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.body.weight[1] = 0
+        nn.utils.parametrizations.weight_norm(self.body)
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        return F.cross_entropy(self.body(x), y)  # <- here
+
+
 @bug("aten.native_layer_norm", "parameters", module="norm", tensor="norm.weight", **ANY)
 class LayerNormWeight(Spoiled):
     def __init__(self):
