@@ -155,6 +155,12 @@ class Guard:
             attempt = self._window.attempts[-1]
             attempt.micro = replace(attempt.micro, before=self._transaction.savepoint())
 
+    def starts_again(self) -> None:
+        """The optimizer calls the step once more for the same batch, and may have moved the parameters, as LBFGS does."""
+        self.starts_here()
+        if self._window.attempts:
+            self._window.attempts[-1].moved = True
+
     def stabilizing(self, micro: MicroBatch | None = None) -> AbstractContextManager[Any]:
         """What the forward pass of the present micro-batch runs in, or that of an earlier one which is run again."""
         again = micro is not None
@@ -297,7 +303,7 @@ class Guard:
         """Forgets the window: its step was taken, or left out for good."""
         if not self.dropping and self._window.attempts:
             self._budget.healthy_step()
-            if self._window.incident is None:
+            if self._window.incident is None and not self._scaler_streak:  # what the scaler left out was not well
                 self._examine.was_healthy(self._window.attempts[-1].micro)
         self._observer.end(skipped=self.dropping)
         self._window.close()

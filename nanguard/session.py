@@ -84,6 +84,7 @@ class Session:
         self._handles: list[Any] = []
         self._inside = False
         self._judged = False
+        self._called = False
         self._streaming = False
         self._arguments = 0
         self._step_before = 0
@@ -147,9 +148,11 @@ class Session:
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
-        if self._own_start:
-            self._own_start = False  # LBFGS runs the step several times
+        if self._called:  # LBFGS runs the step several times
+            self.guard.starts_again()
+        elif self._own_start:
             self.guard.starts_here()
+        self._called = True
         with self._plain_context(), self.guard.stabilizing():
             yield
 
@@ -204,7 +207,7 @@ class Session:
         """Before the training step."""
         self.settle()
         trainer = self._trainer
-        self._judged = False
+        self._judged = self._called = False
         self._step_before = trainer.global_step
         self._own_start = is_users_hook(self._module, "on_train_batch_start")
         self._streaming = gives_iterators(trainer.fit_loop)
