@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from nanguard.archive import Archive, Circumstances
 from nanguard.budget import SkipBudget
 from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun
-from nanguard.examination import Examination, Sources, incident_of
+from nanguard.examination import Examination, Provenance, incident_of
 from nanguard.incident import Action, Advice, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
 from nanguard.lead_up import LeadUp
@@ -66,7 +66,7 @@ class Guard:
         transaction: saves and restores what a step touches.
         rerun: runs a step again for the diagnosis; without it the diagnosis is limited to inputs and parameters.
         peers: the processes that train together with this one, if there are any.
-        sources: tells which samples of the dataset rows of a batch were made of.
+        provenance: knows how the batches are made of samples of the dataset.
         circumstances: called for a capture, gives what a replay has to know about the run.
     """
 
@@ -78,7 +78,7 @@ class Guard:
         transaction: Transaction | None = None,
         rerun: Rerun | None = None,
         peers: Peers | None = None,
-        sources: Sources | None = None,
+        provenance: Provenance | None = None,
         circumstances: Callable[[], Circumstances | None] | None = None,
         incidents: list[Incident] | None = None,
         swaps: list[Swap] | None = None,
@@ -91,12 +91,12 @@ class Guard:
         self._module = module
         self._transaction = transaction or Transaction(module, moving=MovingParameters(module))
         self._peers = peers
-        self._sources = sources
+        self._provenance = provenance
         self._archive = Archive(policy, module, circumstances)
         self._stabilizer = StepStabilizer(policy.stabilize, self.swaps, self.advice)
         self._inputs = InputKeeper()
         self._observer = Observer(module, policy.watch)
-        self._examine = Examination(policy.diagnosis, module, self._transaction, rerun, self._observer.ends)
+        self._examine = Examination(policy.diagnosis, module, self._transaction, rerun, self._observer.ends, provenance)
         self._window = Window(self._transaction)
         self._scaler_streak = 0
         self._budget = SkipBudget(policy.budget)
@@ -264,7 +264,7 @@ class Guard:
             details = [f"it began on rank {elsewhere}, which has the batch; this rank was given its gradients", remark]
             moment = replace(moment, rank=elsewhere)
         incident = incident_of(
-            moment, attempt.micro, trigger, found, _DONE[action], details, lead_up, sighting, self._sources
+            moment, attempt.micro, trigger, found, _DONE[action], details, lead_up, sighting, self._provenance
         )
         if elsewhere is None:
             with self._window.before(attempt):

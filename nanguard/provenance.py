@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate, default_convert
 
-from nanguard.diagnosis import batch_size, take
+from nanguard.diagnosis import batch_size, has_rows, take
 from nanguard.rng import RngState
-from nanguard.trees import named_tensors
+from nanguard.trees import map_tensors, named_tensors
 
 __all__ = ["Collation"]
 
@@ -31,7 +31,8 @@ class Collation:
     1. torch's own collate functions keep the order of the samples. 2. Any other is asked: a row is made of that sample of which
     a batch that holds nothing else has the same row. So samples that were sorted or refilled are found, and rows that were
     mixed of several have none. 3. Samples are fetched and collated for that in this process, from the same random numbers
-    each time, and the random numbers of the run are put back.
+    each time, and the random numbers of the run are put back. 4. Batches without a row for each sample, as graphs, hold the
+    samples in their order.
 
     Args:
         dataset: gives a sample for an index.
@@ -54,14 +55,53 @@ class Collation:
             return tuple(indices[row] for row in rows) if size == len(indices) else None
         before = RngState.save()
         try:
-            return self._asked(indices, rows, size)
+            found = self._asked(indices, rows, size)
+            if found is None and size == len(indices) and self._without_rows(indices, size):
+                return tuple(indices[row] for row in rows)
+            return found
         except Exception:  # a sample or a batch that cannot be made here tells nothing
             return None
         finally:
             before.restore()
 
+    def parts(self, indices: Sequence[int], batch: Any, size: int) -> Callable[[Sequence[int]], Any] | None:
+        """What collates some samples of a batch anew, in the devices and dtypes that it has.
+
+        It is `None` where the rows of the batch can be told apart, or where it cannot be made again as it was.
+        """
+        if self._collate is None or self._collate in _PLAIN:
+            return None
+        before = RngState.save()
+        try:
+            samples = self._samples(indices)
+            if not _equal_trees(_like(self._batch(samples), batch), batch):
+                return None
+            if not self._without_rows(indices, size):
+                return None
+        except Exception:  # a sample that cannot be made here
+            return None
+        finally:
+            before.restore()
+
+        def collated(positions: Sequence[int]) -> Any:
+            before = RngState.save()
+            try:
+                return _like(self._batch([samples[position] for position in positions]), batch)
+            finally:
+                before.restore()
+
+        return collated
+
+    def _without_rows(self, indices: Sequence[int], size: int) -> bool:
+        """Whether batches have no row for each sample, as graphs have none."""
+        whole = self._batch(self._samples(indices))
+        return not has_rows(whole, size) and self._asked(indices, sorted({0, size - 1}), size) is None
+
+    def _samples(self, indices: Sequence[int]) -> list[Any]:
+        return [_seeded(functools.partial(operator.getitem, self._dataset, index)) for index in indices]
+
     def _asked(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
-        samples = [_seeded(functools.partial(operator.getitem, self._dataset, index)) for index in indices]
+        samples = self._samples(indices)
         whole = self._batch(samples)
         if batch_size(whole, size) != size:
             return None
@@ -124,3 +164,16 @@ def _equal(left: Tensor, right: Tensor) -> bool:
         if torch.equal(*[part.nan_to_num() for part in parts]) and torch.equal(*[part.isnan() for part in parts]):
             return True
     return False
+
+
+def _like(batch: Any, model: Any) -> Any:
+    """A batch on the devices and in the dtypes of another one of the same structure."""
+    known = dict(named_tensors(model, ""))
+    paths = {id(tensor): path for path, tensor in named_tensors(batch, "")}
+    return map_tensors(lambda tensor: tensor.to(known[paths[id(tensor)]]), batch)
+
+
+def _equal_trees(one: Any, other: Any) -> bool:
+    """Whether two batches hold the same bits."""
+    pairs = zip(named_tensors(one, ""), named_tensors(other, ""), strict=True)
+    return all(a == b and left.shape == right.shape and _equal(left, right) for (a, left), (b, right) in pairs)

@@ -116,6 +116,10 @@ class SampleRecord:
         """Which of these samples rows of their batch, which has so many, were made of; see `Collation.sources`."""
         return self._collation.sources(indices, rows, size) if self._collation is not None else None
 
+    def parts(self, indices: Sequence[int], batch: Any, size: int) -> Callable[[Sequence[int]], Any] | None:
+        """What collates some samples of a batch anew, where its rows cannot be cut; see `Collation.parts`."""
+        return self._collation.parts(indices, batch, size) if self._collation is not None else None
+
     def close(self) -> None:
         """Gives the loaders their samplers back."""
         self._under_way = False

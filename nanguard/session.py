@@ -115,7 +115,7 @@ class Session:
             transaction=transaction,
             rerun=rerun,
             peers=peers,
-            sources=self._samples.sources,
+            provenance=self._samples,
             circumstances=self._circumstances,
             incidents=incidents,
             swaps=swaps,

@@ -1,7 +1,8 @@
 """The autopsy of a failed step: the operation, the cause and the samples, from second runs that leave no trace."""
 
 from nanguard.diagnosis.autopsy import Diagnosis, diagnose, suspects
-from nanguard.diagnosis.batches import batch_size, take
+from nanguard.diagnosis.batches import batch_size, has_rows, take
+from nanguard.diagnosis.cutting import Parts
 from nanguard.diagnosis.ends import Ends, bad_elements
 from nanguard.diagnosis.rerun import MicroBatch, Outcome, Rerun
 
@@ -10,10 +11,12 @@ __all__ = [
     "Ends",
     "MicroBatch",
     "Outcome",
+    "Parts",
     "Rerun",
     "bad_elements",
     "batch_size",
     "diagnose",
+    "has_rows",
     "suspects",
     "take",
 ]

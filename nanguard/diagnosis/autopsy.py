@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from nanguard.diagnosis import counterfactuals
 from nanguard.diagnosis.advice import advice
-from nanguard.diagnosis.batches import batch_size, replaced, take
 from nanguard.diagnosis.cause import cause_of, guilty_operand
+from nanguard.diagnosis.cutting import Cut, Parts, cut_of
 from nanguard.diagnosis.facts import facts_of, state_facts
 from nanguard.diagnosis.leaves import leaf_path, meant_leaves, named_leaves
 from nanguard.diagnosis.naming import clean_name
@@ -61,6 +61,7 @@ def diagnose(
     healthy: MicroBatch | None = None,
     samples: bool = True,
     counterfactual: bool = True,
+    parts: Parts | None = None,
 ) -> Diagnosis:
     """Runs a failed step again, recorded, and says which operation did it, why, and for which samples.
 
@@ -70,8 +71,9 @@ def diagnose(
         healthy: an earlier call that was well; where it fails now, the weights are the cause and no sample is.
         samples: whether to search for the smallest failing sub-batch.
         counterfactual: whether to run it under other circumstances, too, for evidence.
+        parts: collates some of the samples anew, see `nanguard.diagnosis.cutting`.
     """
-    case = _Case(micro, rerun, healthy)
+    case = _Case(micro, rerun, healthy, parts)
     outcome, finding = case.recorded(copy_of(micro.args))
     if outcome.error is not None:
         buffers = rerun.transaction.buffers(micro.before)
@@ -131,15 +133,13 @@ def _outside(
 class _Case:
     """One failed step under examination. Final."""
 
-    def __init__(self, micro: MicroBatch, rerun: Rerun, healthy: MicroBatch | None) -> None:
+    def __init__(self, micro: MicroBatch, rerun: Rerun, healthy: MicroBatch | None, parts: Parts | None) -> None:
         self._micro = micro
         self._rerun = rerun
         self._healthy = healthy
         self._meant = meant_leaves(healthy.args) if healthy is not None else frozenset()
         self._leaves: list[tuple[str, Tensor]] = []
-        self._size = None
-        if micro.args:
-            self._size = batch_size(micro.args[0], len(micro.indices) if micro.indices is not None else None)
+        self._parts = parts
 
     def recorded(self, args: Sequence[Any], *, backward: bool = True) -> tuple[Outcome, Finding | None]:
         """Runs the step with these arguments and finds the origin."""
@@ -263,13 +263,20 @@ class _Case:
 
     # -- whose fault it is
 
+    def _cut(self, found: Diagnosis, finding: Finding) -> Cut | None:
+        if not self._micro.args:
+            return None
+        path = found.origin.tensor if found.cause == "bad_input" and found.origin is not None else None
+        return cut_of(self._micro.args[0], self._micro.indices, path=path, rows=finding.rows, parts=self._parts)
+
     def _samples(
         self, found: Diagnosis, finding: Finding, forward: bool
     ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-        size = self._size
-        if size is None:
-            return None, ("The samples are not known: the batch shows no leading dimension that all of it shares.",)
         args = self._micro.args
+        cut = self._cut(found, finding)
+        if cut is None:
+            return None, ("The samples are not known: the batch shows no leading dimension that all of it shares.",)
+        size = cut.size
 
         def fails_as(arguments: Sequence[Any]) -> bool | None:
             outcome, again = self.recorded(arguments, backward=not forward)
@@ -278,7 +285,7 @@ class _Case:
             return bool(outcome.fails) and outcome.forward == forward and finding.same_as(again)
 
         def fails(positions: Sequence[int]) -> bool | None:
-            return fails_as((take(args[0], positions, size), *copy_of(args[1:])))
+            return fails_as((cut.take(positions), *copy_of(args[1:])))
 
         guess = _suggested(found, finding, named_leaves(args), size)
         search = SampleSearch(size, fails)
@@ -286,7 +293,7 @@ class _Case:
         if len(positions) == size and 0 < len(guess) < size and not search.each_alone:
             # Random draws fall otherwise in a smaller batch: keep its size, and fill it up with a sample that is well.
             well = next(position for position in range(size) if position not in guess)
-            if fails_as((replaced(args[0], guess, well, size), *copy_of(args[1:]))):
+            if fails_as((cut.replaced(guess, well), *copy_of(args[1:]))):
                 return tuple(guess), ()
         if not search.complete:
             return positions, (

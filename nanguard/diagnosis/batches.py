@@ -12,7 +12,7 @@ from torch import Tensor
 from nanguard.inputs import copy_tensor
 from nanguard.trees import map_tensors, named_tensors
 
-__all__ = ["batch_size", "replaced", "take"]
+__all__ = ["batch_size", "has_rows", "take"]
 
 
 def batch_size(batch: Any, expected: int | None = None) -> int | None:
@@ -53,10 +53,12 @@ def take(batch: Any, positions: Sequence[int], size: int | None = None) -> Any:
     return _mapped(batch, size, rows, lambda entries: [entries[position] for position in positions])
 
 
-def replaced(batch: Any, kept: Sequence[int], stand_in: int, size: int) -> Any:
-    """The same batch with all samples but those replaced by one of them, so that random draws fall as they did."""
-    sources = [position if position in set(kept) else stand_in for position in range(size)]
-    return take(batch, sources, size)
+def has_rows(batch: Any, size: int) -> bool:
+    """Whether each tensor of a batch has a row for each sample, or stands in a list that has an entry for each."""
+    listed = [entry for entry in _lists(batch, size) if len(entry) == size]
+    inside = {id(tensor) for entry in listed for _, tensor in named_tensors(entry, "")}
+    tensors = [tensor for _, tensor in named_tensors(batch, "") if tensor.ndim and id(tensor) not in inside]
+    return all(_dimension(tensor, size) is not None for tensor in tensors)
 
 
 def _mapped(
