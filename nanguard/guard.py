@@ -98,6 +98,7 @@ class Guard:
         self._observer = Observer(module, policy.watch)
         self._examine = Examination(policy.diagnosis, module, self._transaction, rerun, self._observer.ends, provenance)
         self._window = Window(self._transaction)
+        self._arguments: Sequence[Any] = ()
         self._scaler_streak = 0
         self._budget = SkipBudget(policy.budget)
         self.dropping = False
@@ -143,6 +144,7 @@ class Guard:
         if self.dropping:  # the rest of a window that is left out
             return
         self._observer.begin(moment.step, first=not self._window.attempts, optimizers=optimizers)
+        self._arguments = args
         kept = self._inputs.keep(args)
         micro = MicroBatch(moment.batch_idx, kept, self._transaction.savepoint(), indices, self._stabilizer.needed)
         self._window.attempts.append(Attempt(moment, micro, micro.before, rewind))
@@ -151,12 +153,14 @@ class Guard:
 
     def starts_here(self) -> None:
         """The step begins only now: what happened since `begin` is undone by a skip, but is no part of the step itself."""
-        if self._window.attempts:
+        if self._window.attempts and not self.dropping:
             attempt = self._window.attempts[-1]
-            attempt.micro = replace(attempt.micro, before=self._transaction.savepoint())
+            args = self._inputs.keep_anew(self._arguments)  # hooks may have written into the batch
+            attempt.micro = replace(attempt.micro, args=args, before=self._transaction.savepoint())
 
     def starts_again(self) -> None:
         """The optimizer calls the step once more for the same batch, and may have moved the parameters, as LBFGS does."""
+        self._inputs.learn()
         self.starts_here()
         if self._window.attempts:
             self._window.attempts[-1].moved = True
@@ -307,5 +311,6 @@ class Guard:
                 self._examine.was_healthy(self._window.attempts[-1].micro)
         self._observer.end(skipped=self.dropping)
         self._window.close()
+        self._arguments = ()
         self._inputs.learn()
         self.dropping = False

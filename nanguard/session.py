@@ -23,6 +23,7 @@ from nanguard.rng import RngState
 from nanguard.sampling import SampleRecord
 from nanguard.trainer_state import (
     IGNORED,
+    changes_before_step,
     circumstances,
     gives_iterators,
     hold_schedulers,
@@ -89,7 +90,7 @@ class Session:
         self._arguments = 0
         self._step_before = 0
         self._warned = False
-        self._own_start = is_users_hook(module, "on_train_batch_start")
+        self._own_start = changes_before_step(trainer, module)
         self.guard = self._make_guard(incidents, swaps, advice)
         self.validation: ValidationLoop | None = None
         if policy.watch.validation:
@@ -108,7 +109,15 @@ class Session:
         # Under DDP each process holds the whole model; where it is sharded, one process cannot run it alone.
         alone = peers is None or type(trainer.strategy).__name__ == "DDPStrategy"
         if alone and module.automatic_optimization:
-            rerun = Rerun(module, transaction, self._step, self._quiet, lambda: trainer.optimizers)
+            rerun = Rerun(
+                module,
+                transaction,
+                self._step,
+                self._quiet,
+                lambda: trainer.optimizers,
+                backward=module.backward if is_users_hook(module, "backward") else None,
+                after_backward=module.on_after_backward if is_users_hook(module, "on_after_backward") else None,
+            )
         return Guard(
             self._policy,
             module,
@@ -209,7 +218,7 @@ class Session:
         trainer = self._trainer
         self._judged = self._called = False
         self._step_before = trainer.global_step
-        self._own_start = is_users_hook(self._module, "on_train_batch_start")
+        self._own_start = changes_before_step(trainer, self._module)
         self._streaming = gives_iterators(trainer.fit_loop)
         if not self._handles and not self._module.automatic_optimization:
             self._handles = [o.register_step_pre_hook(self._stepped_past_lightning) for o in trainer.optimizers]

@@ -148,3 +148,42 @@ def test_loaders_of_different_sizes(tmp_path: Path, nan: bool) -> None:
     incident = first(tmp_path, HalfSupervised, _loaders(10, nan=nan))
     assert (incident.batch_idx, incident.samples, incident.dataset_indices) == (1, (4,), None)
     assert incident.cause == ("bad_input" if nan else "log_of_zero")
+
+
+# -- batches that hooks change before the step
+
+
+class Mixed(Layer):
+    """The zero is there only after the hook; what the hook draws is not drawn again."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        batch[0].abs_().add_(torch.rand(()))
+        if batch_idx == 1:
+            batch[0][2, 0] = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch[0].log_()
+        return self.layer(batch[0]).mean()
+
+
+class Mixing(pl.Callback):
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        Mixed.on_train_batch_start(module, batch, batch_idx)
+
+
+class Mixable(Layer):
+    training_step = Mixed.training_step
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("make", [Mixed, Mixable])
+def test_a_batch_that_a_hook_changes(tmp_path: Path, make: Any, bad: int) -> None:
+    data = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    if bad == 0:
+        data[:4] = -1e38
+        data[1, 1] = float("inf")
+    others = [Mixing()] if make is Mixable else []
+    incident = first(tmp_path, make, DataLoader(TensorDataset(data), batch_size=4), callbacks=others)
+    assert incident.batch_idx == bad
+    assert incident.cause == ("log_of_zero" if bad else "bad_input")
+    assert incident.samples == (2 if bad else 1,)

@@ -48,6 +48,7 @@ class Trace(TorchDispatchMode):
         self._names = module_names(root)
         self._stack: list[str] = [""]
         self._count = 0
+        self._late = False
         from_batch = {storage_of(tensor) for tensor in batch}
         self._suspects = {*from_batch, *(storage_of(tensor) for tensor in weights)}
         self._descents = Descents(root, from_batch)
@@ -71,6 +72,15 @@ class Trace(TorchDispatchMode):
             before.remove()
             after.remove()
             del self._stack[1:]
+
+    @contextmanager
+    def after_backward(self) -> Iterator[None]:
+        """What happens inside the block is done to gradients, and counts as part of the backward pass."""
+        self._late = True
+        try:
+            yield
+        finally:
+            self._late = False
 
     def _place(self, module: nn.Module) -> str:
         return self._names.get(id(module), self._stack[-1])
@@ -120,6 +130,8 @@ class Trace(TorchDispatchMode):
 
     def _record(self, known: Operation) -> Record:
         self._count += 1
+        if self._late:
+            return Record(self._count, known.name, self._stack[-1], place_here(), True, None)
         node = torch._C._current_autograd_node()
         backward = node is not None and not (torch.is_grad_enabled() and recomputing())
         if backward:

@@ -82,6 +82,8 @@ class Rerun:
         ends: where other results than loss and gradients have to be good: what the step runs in to show them. It is called
             anew for each run, and gives a function that is called with what the step returned. There is no backward pass then.
         graph: whether autograd is on.
+        backward: how the module runs the backward pass of a loss, where it does that in a way of its own.
+        after_backward: what the module does with its gradients after the backward pass.
     """
 
     module: nn.Module
@@ -91,6 +93,8 @@ class Rerun:
     optimizers: Callable[[], Sequence[torch.optim.Optimizer]] = tuple
     ends: Callable[[Ends], AbstractContextManager[Callable[[Any], None]]] | None = None
     graph: bool = True
+    backward: Callable[[Tensor], Any] | None = None
+    after_backward: Callable[[], Any] | None = None
 
     def __call__(
         self,
@@ -150,7 +154,7 @@ class Rerun:
             gradients: list[Tensor] = []
             # Where the loss is not finite it says all there is to say, and costs a third of the whole.
             if backward and loss.requires_grad and all_finite([loss.detach()]):
-                gradients = self._gradients(loss, parameters)
+                gradients = self._gradients(loss, parameters, trace)
         loss = loss.detach()
         spoiled = micro.before.spoiled_statistics()
         if not spoiled and all_finite([loss, *gradients]):
@@ -172,14 +176,26 @@ class Rerun:
         returned(output)
         return Outcome(output.detach() if isinstance(output, Tensor) else None, marks=tuple(ends.bad))
 
-    def _gradients(self, loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    def _gradients(self, loss: Tensor, parameters: list[Tensor], trace: Trace | None) -> list[Tensor]:
         total = loss if loss.ndim == 0 else loss.sum()
-        if not _reentrant(total):
+        plain = self.backward is None and self.after_backward is None
+        if plain and not _hooked(parameters) and not _reentrant(total):
             found = torch.autograd.grad(total, parameters, allow_unused=True)
             return [gradient for gradient in found if gradient is not None]
         with _own_gradients(parameters):
-            total.backward()
+            if self.backward is None:
+                total.backward()
+            else:
+                self.backward(total)
+            if self.after_backward is not None:
+                with trace.after_backward() if trace is not None else nullcontext(), torch.no_grad():
+                    self.after_backward()
             return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _hooked(parameters: list[Tensor]) -> bool:
+    """Whether hooks wait for gradients to be accumulated."""
+    return any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters)
 
 
 def _reentrant(total: Tensor) -> bool:
