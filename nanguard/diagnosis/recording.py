@@ -74,8 +74,8 @@ class Trace(TorchDispatchMode):
             del self._stack[1:]
 
     @contextmanager
-    def after_backward(self) -> Iterator[None]:
-        """What happens inside the block is done to gradients, and counts as part of the backward pass."""
+    def users_backward(self) -> Iterator[None]:
+        """What the user's own code does inside the block is done to gradients, and counts as part of the backward pass."""
         self._late = True
         try:
             yield
@@ -130,9 +130,9 @@ class Trace(TorchDispatchMode):
 
     def _record(self, known: Operation) -> Record:
         self._count += 1
-        if self._late:
-            return Record(self._count, known.name, self._stack[-1], place_here(), True, None)
         node = torch._C._current_autograd_node()
+        if self._late and node is None:
+            return Record(self._count, known.name, self._stack[-1], place_here(), True, None)
         backward = node is not None and not (torch.is_grad_enabled() and recomputing())
         if backward:
             sequence = node._sequence_nr()

@@ -182,14 +182,13 @@ class Rerun:
         if plain and not _hooked(parameters) and not _reentrant(total):
             found = torch.autograd.grad(total, parameters, allow_unused=True)
             return [gradient for gradient in found if gradient is not None]
-        with _own_gradients(parameters):
+        with _own_gradients(parameters), trace.users_backward() if trace is not None else nullcontext():
             if self.backward is None:
                 total.backward()
             else:
                 self.backward(total)
             if self.after_backward is not None:
-                with trace.after_backward() if trace is not None else nullcontext(), torch.no_grad():
-                    self.after_backward()
+                self.after_backward()
             return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
