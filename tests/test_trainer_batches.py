@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from trainers import fit, policy
 
 from nanguard import Incident
@@ -148,6 +148,31 @@ def test_loaders_of_different_sizes(tmp_path: Path, nan: bool) -> None:
     incident = first(tmp_path, HalfSupervised, _loaders(10, nan=nan))
     assert (incident.batch_idx, incident.samples, incident.dataset_indices) == (1, (4,), None)
     assert incident.cause == ("bad_input" if nan else "log_of_zero")
+
+
+# -- batches whose classes have slots
+
+
+@dataclass
+class Slotted:
+    __slots__ = ("label", "x")
+    x: Tensor
+    label: Tensor
+
+
+def test_a_batch_with_slots(tmp_path: Path) -> None:
+    class Model(Layer):
+        def training_step(self, batch: Slotted, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.layer(batch.x), batch.label)
+
+    data = torch.randn(12, 4)
+    data[6, 1] = float("nan")
+    samples = list(zip(data, torch.arange(12) % 3, strict=True))
+    loader = DataLoader(samples, batch_size=4, collate_fn=lambda chosen: Slotted(*default_collate(chosen)))
+    incident = first(tmp_path, Model, loader)
+    assert incident.origin is not None
+    assert incident.origin.tensor == "batch.x"
+    assert (incident.cause, incident.samples, incident.dataset_indices) == ("bad_input", (2,), (6,))
 
 
 # -- batches that hooks change before the step

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanguard.inputs import copy_tensor
-from nanguard.trees import map_tensors, named_tensors
+from nanguard.trees import attributes_of, map_tensors, named_tensors
 
 __all__ = ["batch_size", "has_rows", "take"]
 
@@ -96,8 +96,8 @@ def _lists(value: Any, expected: int | None, depth: int = 0) -> list[Any]:
         return [found for child in value for found in _lists(child, expected, depth + 1)]
     if isinstance(value, dict):
         return [found for child in value.values() for found in _lists(child, expected, depth + 1)]
-    if hasattr(value, "__dict__") and not callable(value):
-        return [found for child in vars(value).values() for found in _lists(child, expected, depth + 1)]
+    if not callable(value):
+        return [found for _, child in attributes_of(value) for found in _lists(child, expected, depth + 1)]
     return []
 
 
