@@ -14,7 +14,9 @@ from torch.nn.parameter import is_lazy
 from nanguard.diagnosis.ends import Ends
 from nanguard.diagnosis.recording import Trace
 from nanguard.diagnosis.records import Mark
+from nanguard.iterators import untouched
 from nanguard.sentinel import all_finite, finite_flags
+from nanguard.surroundings import unchanged
 from nanguard.transaction import Savepoint, Transaction
 
 __all__ = ["MicroBatch", "Outcome", "Rerun", "apart"]
@@ -120,7 +122,8 @@ class Rerun:
         micro.before.restore()
         arguments = tuple(micro.args if args is None else args)
         try:
-            return self._run(micro, arguments, trace, backward=backward, compiled=compiled, within=within)
+            with unchanged(self.module), untouched(self.module):
+                return self._run(micro, arguments, trace, backward=backward, compiled=compiled, within=within)
         except Exception as error:  # a sub-batch may well be too small for the model
             return Outcome(error=error)
         finally:
