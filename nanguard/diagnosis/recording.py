@@ -24,7 +24,7 @@ from nanguard.diagnosis.naming import function_of, module_names, place_here, rec
 from nanguard.diagnosis.operations import JUDGED, ROWS, STATISTICS, Operation, arguments, operation, row_masked
 from nanguard.diagnosis.records import Record, Source, Value, Write, storage_of
 from nanguard.diagnosis.regions import covers, key_of, told_apart
-from nanguard.diagnosis.statistics import nonfinite, plain
+from nanguard.diagnosis.statistics import nonfinite, plain, stored
 
 __all__ = ["Trace"]
 
@@ -96,7 +96,7 @@ class Trace(TorchDispatchMode):
         known = operation(func)
         if known.collective:
             raise RuntimeError(f"{known.name}: a collective of all processes cannot be run again by one of them")
-        given = arguments((*args, *kwargs.values())) if kwargs else arguments(args)
+        given = _stored(arguments((*args, *kwargs.values())) if kwargs else arguments(args))
         tensors = [value for value in given if isinstance(value, Tensor)]
         # Before the call: an in-place operation overwrites what it was given.
         read = tensors
@@ -107,7 +107,7 @@ class Trace(TorchDispatchMode):
         kept = [value.clone() if overwrites and isinstance(value, Tensor) else value for value in given]
         descents = self._descents.given(given)
         result = func(*args, **kwargs)
-        results = [value for value in arguments([result]) if isinstance(value, Tensor)]
+        results = [value for value in _stored(arguments([result])) if isinstance(value, Tensor)]
         record = self._record(known)
         record.given = descents
         self._descents.follow(known, descents, tensors, results, sources, backward=record.backward)
@@ -121,7 +121,7 @@ class Trace(TorchDispatchMode):
         returned = {id(tensor) for tensor in results}
         written = [_argument(args, kwargs, *place) for place in known.written]
         outputs = results + [
-            value for value in arguments(written) if isinstance(value, Tensor) and id(value) not in returned
+            value for value in _stored(arguments(written)) if isinstance(value, Tensor) and id(value) not in returned
         ]
         bad = [(tensor, mask) for tensor in outputs if (mask := self._judged(tensor)) is not None]
         if bad:
@@ -260,6 +260,10 @@ class Trace(TorchDispatchMode):
                         if evidence is not None:
                             evidence.zero = True
                             evidence.masked |= more.masked
+
+
+def _stored(values: list[Any]) -> list[Any]:
+    return [stored(value) if isinstance(value, Tensor) else value for value in values]
 
 
 def _argument(args: Any, kwargs: Any, position: int, name: str) -> Any:

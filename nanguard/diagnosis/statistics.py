@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nanguard.incident import TensorStats
 
-__all__ = ["describe_tensor", "is_finite", "nonfinite", "plain"]
+__all__ = ["describe_tensor", "is_finite", "nonfinite", "plain", "stored"]
 
 _HALF = frozenset((torch.float16, torch.bfloat16))
 
@@ -19,10 +19,14 @@ def plain(tensor: Tensor) -> bool:
     return (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout is torch.strided
 
 
+def stored(tensor: Tensor) -> Tensor:
+    """The tensor that holds the elements: of a sparse one, that of its values."""
+    return tensor._values() if tensor.layout is torch.sparse_coo else tensor
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all elements are finite; tensors that are not `plain` count as finite, sparse ones are judged by their values."""
-    if tensor.layout is torch.sparse_coo:
-        tensor = tensor._values()
+    tensor = stored(tensor)
     if not plain(tensor) or tensor.is_nested:
         return True
     return nonfinite(tensor) is None

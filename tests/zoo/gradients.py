@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zoo.base import Small, bug
+from zoo.base import Small, Whole, bug
 
 PART = {"phase": "backward"}
 
@@ -235,3 +235,21 @@ class GradientsThatAddUp(Small):
         huge = 2e38 * (1 - s)
         difference = h - h.detach()
         return (difference * huge).sum() + (difference * huge * 2).sum() + h.mean()  # <- here
+
+
+@bug("aten.sqrt", "singular_gradient", phase="backward", bad=(2, 5))
+class SparseGradientsThatAreAdded(Whole):
+    """Two look-ups in one table, whose gradients are sparse, and the distance between what is the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(40, 4, sparse=True)
+
+    def loss_of(self, batch):
+        x, y, s = batch
+        other = torch.where(s[:, 0] == 0, y, y + 4)
+        distance = (self.table(y) - self.table(other)).square().sum(1).sqrt()  # <- here
+        return distance.mean() + self.body(x).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
