@@ -9,49 +9,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanguard.diagnosis import counterfactuals
 from nanguard.diagnosis.advice import advice
 from nanguard.diagnosis.cause import cause_of, guilty_operand
-from nanguard.diagnosis.cutting import Cut, Parts, cut_of
+from nanguard.diagnosis.cutting import Cut, Parts, cut_of, samples_in
 from nanguard.diagnosis.facts import facts_of, state_facts
-from nanguard.diagnosis.leaves import leaf_path, meant_leaves, named_leaves
+from nanguard.diagnosis.leaves import leaf_path, meant_leaves, named_leaves, state_leaves
 from nanguard.diagnosis.naming import clean_name
 from nanguard.diagnosis.optimizing import infinite_setting, optimizer_fault
 from nanguard.diagnosis.recording import Trace
 from nanguard.diagnosis.records import Descent
 from nanguard.diagnosis.rerun import MicroBatch, Outcome, Rerun
 from nanguard.diagnosis.samples import SampleSearch
-from nanguard.diagnosis.statistics import describe_tensor
+from nanguard.diagnosis.suspects import Diagnosis, from_outside, suspects
 from nanguard.diagnosis.walk import Finding, blame
-from nanguard.incident import Cause, Origin, Verdict
 from nanguard.inputs import copy_of
-from nanguard.sentinel import nonfinite_names
 
-__all__ = ["Diagnosis", "diagnose", "suspects"]
+__all__ = ["diagnose"]
 
-_BY_ITSELF = "it optimizes or fetches its data by itself"
-_NOT_RUN_AGAIN = (
-    "The step was not run again, because {}: what is said here comes from the inputs, parameters and buffers{}."
-)
 _EAGER_FINITE = "The step fails again as it is, but not when it is recorded. Suspect compiled code."
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What the autopsy found; the fields are those of an `Incident`."""
-
-    origin: Origin | None = None
-    cause: Cause = "unknown"
-    samples: tuple[int, ...] | None = None
-    verdict: Verdict = "not_replayed"
-    advice: str = ""
 
 
 def diagnose(
@@ -88,48 +72,6 @@ def diagnose(
     return case.explain(finding, outcome, samples=samples, counterfactual=counterfactual)
 
 
-def suspects(
-    module: nn.Module,
-    args: Sequence[Any],
-    buffers: Mapping[str, Tensor],
-    *,
-    run: bool = False,
-    why: str = _BY_ITSELF,
-    watched: bool = False,
-) -> Diagnosis:
-    """What can be said without a second run: parameters, buffers and inputs that are non-finite themselves.
-
-    Args:
-        module: its parameters are looked at.
-        args: arguments of the training step.
-        buffers: the module's buffers as they were before the step, by name.
-        run: whether the step was run again all the same, to no avail.
-        why: what kept it from being run again.
-        watched: whether hooks on modules have seen the step, too.
-    """
-    notes = () if run else (_NOT_RUN_AGAIN.format(why, ", and from the watched modules" if watched else " alone"),)
-    named = {clean_name(name): tensor for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
-    if weights := nonfinite_names(named.items()):
-        facts = state_facts(module, weights[0])
-        return _outside(Origin(), "parameters", weights[0], named[weights[0]], notes, facts)
-    leaves = dict(named_leaves(args))
-    if inputs := nonfinite_names(leaves.items()):
-        return _outside(Origin(), "bad_input", inputs[0], leaves[inputs[0]], notes)
-    return Diagnosis(advice=advice("unknown", None) if run else " ".join(notes))
-
-
-def _outside(
-    origin: Origin,
-    cause: Cause,
-    name: str,
-    tensor: Tensor,
-    notes: tuple[str, ...] = (),
-    facts: Mapping[str, str] | None = None,
-) -> Diagnosis:
-    origin = replace(origin, tensor=name, operands=(describe_tensor(name, tensor),))
-    return Diagnosis(origin, cause, advice=advice(cause, origin, notes, facts))
-
-
 class _Case:
     """One failed step under examination. Final."""
 
@@ -139,6 +81,7 @@ class _Case:
         self._healthy = healthy
         self._meant = meant_leaves(healthy.args) if healthy is not None else frozenset()
         self._leaves: list[tuple[str, Tensor]] = []
+        self._state: list[tuple[str, Tensor]] = []
         self._parts = parts
 
     def recorded(self, args: Sequence[Any], *, backward: bool = True) -> tuple[Outcome, Finding | None]:
@@ -147,21 +90,29 @@ class _Case:
         leaves = named_leaves(args)  # now: the step may put other tensors into its batch
         doubtful = [tensor for path, tensor in leaves if path not in self._meant]
         trace = Trace(module, [tensor for _, tensor in leaves], [*doubtful, *module.parameters(), *module.buffers()])
-        outcome = self._rerun(self._micro, args, trace, backward=backward)
+        outcome = self._rerun(self._micro, args, trace, backward=backward, within=self._noting)
         self._leaves = leaves
         finding = blame(trace, outcome.blamed) if outcome.fails else None
         return outcome, finding
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Takes note of the module's state when the step begins: the step may replace it."""
+        self._state = state_leaves(self._rerun.module)
+        yield
 
     # -- what it was
 
     def explain(self, finding: Finding, outcome: Outcome, *, samples: bool, counterfactual: bool) -> Diagnosis:
         """The whole diagnosis for an origin."""
-        name = None
+        name, state = None, False
         if finding.external is not None:
-            named = leaf_path(finding.others or (finding.external,), self._leaves, self._rerun.module)
-            if named is not None:
-                name, finding = named[0], replace(finding, external=named[1])
-        found = self._named(finding, name)
+            outside = [*self._state, *self._leaves]
+            place = leaf_path(finding.others or (finding.external,), outside)
+            if place is not None:
+                name, state = outside[place[0]][0], place[0] < len(self._state)
+                finding = replace(finding, external=place[1])
+        found = self._named(finding, name, state=state)
         forward = outcome.forward
         by_weights = self._by_weights(finding, found, forward)
         text = found.advice or advice(found.cause, found.origin, facts=facts_of(finding, by_weights=by_weights))
@@ -177,17 +128,15 @@ class _Case:
             advice=" ".join(filter(None, [text, *notes])),
         )
 
-    def _named(self, finding: Finding, name: str | None) -> Diagnosis:
+    def _named(self, finding: Finding, name: str | None, *, state: bool) -> Diagnosis:
         if finding.external is not None and name is not None:
-            if not name.startswith(("batch", "args[")):
+            if state:
+                facts = state_facts(self._rerun.module, name)
                 by_optimizer = self._by_optimizer(name)
-                return by_optimizer or self._state(finding.origin, name, finding.external)
-            return _outside(finding.origin, "bad_input", name, finding.external)
+                return by_optimizer or from_outside(finding.origin, "parameters", name, finding.external, facts=facts)
+            return from_outside(finding.origin, "bad_input", name, finding.external)
         cause = cause_of(finding)
         return Diagnosis(finding.origin, cause)
-
-    def _state(self, origin: Origin, name: str, tensor: Tensor) -> Diagnosis:
-        return _outside(origin, "parameters", name, tensor, facts=state_facts(self._rerun.module, name))
 
     def _by_optimizer(self, name: str) -> Diagnosis | None:
         parameter = {clean_name(key): entry for key, entry in self._rerun.module.named_parameters()}.get(name)
@@ -309,11 +258,4 @@ def _suggested(found: Diagnosis, finding: Finding, leaves: list[tuple[str, Tenso
         mask = None if tensor is None or tensor.layout is not torch.strided else ~torch.isfinite(tensor)
     else:
         mask = finding.rows
-    if mask is None or mask.ndim == 0:
-        return []
-    for dim in range(min(mask.ndim, 2)):
-        length = mask.shape[dim]
-        if length and length % size == 0 and (dim == 0 or length == size):
-            moved = mask.movedim(dim, 0).reshape(size, -1)
-            return list(moved.any(1).nonzero().flatten().tolist())
-    return []
+    return [] if mask is None else samples_in(mask, size)

@@ -16,7 +16,7 @@ from torch import Tensor
 from nanguard.diagnosis.batches import batch_size, has_rows, take
 from nanguard.trees import named_tensors
 
-__all__ = ["Cut", "Parts", "cut_of"]
+__all__ = ["Cut", "Parts", "cut_of", "samples_in"]
 
 # Given the indices of a batch, the batch and its size: what collates some of its samples, or `None` where rows can be cut.
 Parts = Callable[[Sequence[int], Any, int], "Callable[[Sequence[int]], Any] | None"]
@@ -95,3 +95,15 @@ def _cut_inside(batch: Any, key: Any) -> Cut:
         return tuple(other) if isinstance(batch, tuple) else other
 
     return Cut(size, taken)
+
+
+def samples_in(mask: Tensor, size: int) -> list[int]:
+    """The samples that the marked elements of a tensor belong to; none where it shows no dimension for them."""
+    if mask.ndim == 0:
+        return []
+    for dim in range(min(mask.ndim, 2)):
+        length = mask.shape[dim]
+        if length and length % size == 0 and (dim == 0 or length == size):
+            moved = mask.movedim(dim, 0).reshape(size, -1)
+            return list(moved.any(1).nonzero().flatten().tolist())
+    return []
