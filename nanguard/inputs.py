@@ -58,6 +58,11 @@ class InputKeeper:
         result: tuple[Any, ...] = map_tensors(kept, tuple(args))
         return result
 
+    def keep_anew(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The same for arguments that were kept too early: what has been written into them since was no step."""
+        self._seen.clear()
+        return self.keep(args)
+
     def learn(self) -> bool:
         """Takes note of what the step has written into; whether anything of it had not been copied."""
         seen, self._seen = self._seen, []

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ATOMIC", "Undo", "is_constant", "save_value", "write"]
+__all__ = ["ATOMIC", "Undo", "is_constant", "is_users", "save_value", "write"]
 
 Undo = Callable[[], None]
 
@@ -164,7 +164,7 @@ def _save_object(value: Any, undos: list[Undo], seen: set[int], depth: int) -> N
         undos.append(lambda: value.setstate(numbers))
     elif type(value).__module__.startswith("numpy"):
         _save_numpy(value, undos)
-    elif _is_users(type(value)):  # type: ignore[arg-type]
+    elif is_users(type(value)):
         own = getattr(value, "__dict__", None)
         if isinstance(own, dict) and len(own) <= _LONGEST:
             undos.append(_save_mapping(own))
@@ -175,15 +175,19 @@ def _set_generator(generator: torch.Generator, state: Tensor) -> None:
     generator.set_state(state)
 
 
-@functools.cache
-def _is_users(kind: Any) -> bool:
-    """Whether a class stands in the user's own source.
+def is_users(kind: Any) -> bool:
+    """Whether a class or function stands in the user's own source.
 
     Objects of installed libraries (trainers, loggers with threads, tokenizers) are machinery: to put them back would
     break them.
     """
-    source = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    if kind.__module__ == "__main__":
+    return _is_users_module(kind.__module__ or "")
+
+
+@functools.cache
+def _is_users_module(name: str) -> bool:
+    source = getattr(sys.modules.get(name), "__file__", None)
+    if name == "__main__":
         return True
     return source is not None and not os.path.abspath(source).startswith(_INSTALLED)
 

@@ -27,6 +27,8 @@ ROOMS = [
         "patches",
         "rng",
         "values",
+        "surroundings",
+        "iterators",
         "trees",
         "sentinel",
         "reading",

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanguard.diagnosis.batches import replaced
+from nanguard.diagnosis.cutting import cut_of
 from nanguard.diagnosis.samples import SampleSearch, batch_size, failing_samples, take
 
 
@@ -150,4 +150,6 @@ def test_two_views_are_no_two_samples():
 
 
 def test_samples_that_are_replaced_keep_their_places():
-    assert replaced(torch.arange(5), [1, 3], 0, 5).tolist() == [0, 1, 0, 3, 0]
+    cut = cut_of(torch.arange(5), None)
+    assert cut is not None
+    assert cut.replaced([1, 3], 0).tolist() == [0, 1, 0, 3, 0]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nanguard.inputs import copy_tensor
-from nanguard.trees import map_tensors, named_tensors
+from nanguard.trees import attributes_of, map_tensors, named_tensors
 
-__all__ = ["batch_size", "dimension_of", "replaced", "take"]
+__all__ = ["batch_size", "has_rows", "take"]
 
 
 def batch_size(batch: Any, expected: int | None = None) -> int | None:
@@ -55,10 +55,12 @@ def take(batch: Any, positions: Sequence[int], size: int | None = None) -> Any:
     return _mapped(batch, size, rows, lambda entries: [entries[position] for position in positions])
 
 
-def replaced(batch: Any, kept: Sequence[int], stand_in: int, size: int) -> Any:
-    """The same batch with all samples but those replaced by one of them, so that random draws fall as they did."""
-    sources = [position if position in set(kept) else stand_in for position in range(size)]
-    return take(batch, sources, size)
+def has_rows(batch: Any, size: int) -> bool:
+    """Whether each tensor of a batch has a row for each sample, or stands in a list that has an entry for each."""
+    listed = [entry for entry in _lists(batch, size) if len(entry) == size]
+    inside = {id(tensor) for entry in listed for _, tensor in named_tensors(entry, "")}
+    tensors = [tensor for _, tensor in named_tensors(batch, "") if tensor.ndim and id(tensor) not in inside]
+    return all(_dimension(tensor, size) is not None for tensor in tensors)
 
 
 def _mapped(
@@ -67,7 +69,7 @@ def _mapped(
     lists = {id(value) for value in _lists(batch, size) if len(value) == size}
 
     def change(tensor: Tensor) -> Tensor:
-        dim = dimension_of(tensor, size)
+        dim = _dimension(tensor, size)
         return copy_tensor(tensor) if dim is None else rows(tensor, dim)
 
     def whole(value: Any) -> Any:
@@ -78,8 +80,7 @@ def _mapped(
     return map_tensors(change, batch, whole=whole)
 
 
-def dimension_of(tensor: Tensor, size: int | None) -> int | None:
-    """The dimension along which a tensor holds that many samples, `None` where it holds something else."""
+def _dimension(tensor: Tensor, size: int | None) -> int | None:
     if tensor.is_nested or size is None:
         return None
     if tensor.ndim and tensor.shape[0] == size:
@@ -97,8 +98,8 @@ def _lists(value: Any, expected: int | None, depth: int = 0) -> list[Any]:
         return [found for child in value for found in _lists(child, expected, depth + 1)]
     if isinstance(value, dict):
         return [found for child in value.values() for found in _lists(child, expected, depth + 1)]
-    if hasattr(value, "__dict__") and not callable(value):
-        return [found for child in vars(value).values() for found in _lists(child, expected, depth + 1)]
+    if not callable(value):
+        return [found for _, child in attributes_of(value) for found in _lists(child, expected, depth + 1)]
     return []
 
 

@@ -36,16 +36,17 @@ class Descents:
     Args:
         root: module whose parameters and buffers are told apart by name.
         batch: memory that comes from the batch.
+        informed: whether the batch holds numbers itself.
 
     Attributes:
-        informed: whether the program has read a number out of the batch.
+        informed: whether the program has numbers of the batch: given, or read out of its tensors.
     """
 
-    def __init__(self, root: nn.Module, batch: Iterable[int]) -> None:
+    def __init__(self, root: nn.Module, batch: Iterable[int], *, informed: bool = False) -> None:
         self._known = {storage_of(tensor): _leaf("buffer", name) for name, tensor in root.named_buffers()}
         self._known |= {storage_of(tensor): _leaf("parameter", name) for name, tensor in root.named_parameters()}
         self._known |= {storage: Descent(batch=True) for storage in batch}
-        self.informed = False
+        self.informed = informed
         self._storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
 
     def given(self, values: list[Any]) -> Given:

@@ -157,7 +157,7 @@ def evidence_of(
 
 
 def _may_depend(value: Descent | float, informed: bool) -> bool:
-    """Whether a value may depend on the batch; numbers and constants may, once the program has read a number out of it."""
+    """Whether a value may depend on the batch; numbers and constants may, once the program has numbers of it."""
     if isinstance(value, float):
         return informed
     return value.batch or (informed and not value.weights)

@@ -1,0 +1,140 @@
+"""A step that is run again for a diagnosis counts nowhere, and takes nothing from anybody."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from trainers import assert_same, fit, policy
+
+CALLS = [0]
+LEVEL = 0.0
+
+
+def _raised() -> float:
+    global LEVEL
+    LEVEL += 0.25
+    return LEVEL
+
+
+def _other(count: int = 64) -> DataLoader:
+    return DataLoader(TensorDataset(torch.randn(count, 4)), batch_size=4, shuffle=True)
+
+
+class Counting(pl.LightningModule):
+    """The second batch holds a 0; how much each step counts for depends on what was counted before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.prepare()
+
+    def prepare(self) -> None: ...
+
+    def weight(self) -> Any:
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (x,) = batch
+        loss = self.layer(x).square().mean() * self.weight()
+        return loss + x[:, 0].abs().log().mean() * self.layer.bias.sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class InAGlobal(Counting):
+    def prepare(self) -> None:
+        global LEVEL
+        LEVEL, CALLS[0] = 0.0, 0
+
+    def weight(self) -> Any:
+        CALLS[0] += 1
+        return CALLS[0] + _raised()
+
+
+def in_a_closure() -> Counting:
+    calls = {"number": 0}
+    level = 0
+
+    class InAClosure(Counting):
+        def weight(self) -> Any:
+            nonlocal level
+            level += 2
+            calls["number"] += 1
+            return calls["number"] + level
+
+    return InAClosure()
+
+
+class InItsClass(Counting):
+    number = 0
+
+    def prepare(self) -> None:
+        type(self).number = 0
+
+    def weight(self) -> Any:
+        type(self).number += 1
+        return self.number
+
+
+class InTheEnvironment(Counting):
+    def prepare(self) -> None:
+        os.environ["NANGUARD_TEST_CALLS"] = "0"
+
+    def weight(self) -> Any:
+        os.environ["NANGUARD_TEST_CALLS"] = number = str(int(os.environ["NANGUARD_TEST_CALLS"]) + 1)
+        return int(number)
+
+
+class FromACycle(Counting):
+    def prepare(self) -> None:
+        self.weights = {"cycle": itertools.cycle([1.0, 2.0, 3.0]), "list": iter([1.0] * 9)}
+
+    def weight(self) -> Any:
+        return next(self.weights["cycle"]) * next(self.weights["list"])
+
+
+class FromAGenerator(Counting):
+    def prepare(self) -> None:
+        self.weights = (float(k) for k in range(1, 100))
+
+    def weight(self) -> Any:
+        return next(self.weights)
+
+
+class FromAnotherLoader(Counting):
+    def on_train_start(self) -> None:
+        self.others = iter(_other())
+
+    def weight(self) -> Any:
+        return self.layer(next(self.others)[0]).square().mean()
+
+
+AGAIN = [InAGlobal, in_a_closure, InItsClass, InTheEnvironment, FromACycle]
+NEVER = [FromAGenerator, FromAnotherLoader]
+
+
+@pytest.mark.parametrize("make", [*AGAIN, *NEVER])
+def test_the_run_goes_on_as_if_nobody_had_looked(tmp_path: Path, make: Any) -> None:
+    data = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    data[6, 0] = 0.0
+    runs = []
+    for enabled in (True, False):
+        guard = policy(tmp_path, "skip_step", capture={"enabled": False}, diagnosis={"enabled": enabled})
+        runs.append(fit(tmp_path, make, DataLoader(TensorDataset(data), batch_size=4), guard))
+    assert_same(*runs)
+    (incident,) = runs[0].incidents
+    assert incident.batch_idx == 1
+    if make in NEVER:
+        assert incident.verdict == "not_replayed"
+        assert "NotRewound" in incident.advice
+    else:
+        assert (incident.cause, incident.samples, incident.verdict) == ("log_of_zero", (2,), "reproduced")
