@@ -82,12 +82,17 @@ class Collation:
         return [_seeded(functools.partial(operator.getitem, self._dataset, index)) for index in indices]
 
     def _joined(self, samples: list[Any], whole: Any) -> bool:
-        """Whether the samples of a batch are strung together, as the nodes of several graphs, so that it has no rows."""
-        one = dict(named_tensors(self._batch(samples[:1]), ""))
-        return len(samples) > 1 and any(
-            dimension_of(tensor, len(samples)) is None and path in one and one[path].shape != tensor.shape
-            for path, tensor in named_tensors(whole, "")
-        )
+        """Whether samples add up along another dimension than the one that shows their number.
+
+        So do the nodes of several graphs, and sequences of as many steps as there are samples, time first.
+        """
+        alone, twice = (dict(named_tensors(self._batch(samples[:1] * copies), "")) for copies in (1, 2))
+        for path, tensor in named_tensors(whole, ""):
+            if path in alone and path in twice:
+                grown = _grown(alone[path], twice[path])
+                if grown is not None and grown != dimension_of(tensor, len(samples)):
+                    return True
+        return False
 
     def _asked(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
         samples = self._samples(indices)
@@ -134,6 +139,12 @@ def _aside(call: Callable[[], T]) -> T | None:
         return None
     finally:
         before.restore()
+
+
+def _grown(one: Tensor, other: Tensor) -> int | None:
+    """The first dimension in which two tensors differ in length."""
+    pairs = zip(one.shape, other.shape, strict=False)
+    return next((dim for dim, (length, longer) in enumerate(pairs) if length != longer), None)
 
 
 def _identical(batch: Any, other: Any) -> bool:

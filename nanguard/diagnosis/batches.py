@@ -26,6 +26,9 @@ def batch_size(batch: Any, expected: int | None = None) -> int | None:
     if expected is not None and not found:
         found = _lists(batch, None)
     lists: Counter[int] = Counter(map(len, found))
+    for length in lists:  # records in one list, and as many tensors of equal shape in another
+        if expected is None and len(_lists(batch, length)) > len(found):
+            return length
     tensors = [tensor for _, tensor in named_tensors(batch, "")]
     shaped = [tensor for tensor in tensors if tensor.ndim > 0 and not tensor.is_nested]
     sizes = Counter(tensor.shape[0] for tensor in shaped)
