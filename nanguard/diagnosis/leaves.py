@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nanguard.diagnosis.naming import clean_name
 from nanguard.diagnosis.records import storage_of
-from nanguard.diagnosis.statistics import is_finite, plain
+from nanguard.diagnosis.statistics import is_finite, plain, readable
 from nanguard.trees import named_tensors
 
 __all__ = ["leaf_path", "meant_leaves", "named_leaves"]
@@ -38,7 +38,8 @@ def leaf_path(
     weights = [*module.named_parameters(), *module.named_buffers(), *_attributes(module)]
     outside = [*((clean_name(name), entry) for name, entry in weights), *inputs]
     storages = {storage_of(tensor) for tensor in tensors}
-    found = [(name, entry) for name, entry in outside if storage_of(entry) in storages]
+    readables = [(name, readable(entry)) for name, entry in outside]
+    found = [(name, entry) for name, entry in readables if storage_of(entry) in storages]
     # Several leaves may share memory, as columns of one table: the one at fault is the one that is not finite.
     bad = [(name, entry) for name, entry in found if plain(entry) and not is_finite(entry)]
     name, _ = next(iter(bad or found), ("", None))

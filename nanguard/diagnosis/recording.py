@@ -50,8 +50,8 @@ class Trace(TorchDispatchMode):
         self._stack: list[str] = [""]
         self._count = 0
         self._numbered = _sequence_number()
-        from_batch = {storage_of(tensor) for tensor in batch}
-        self._suspects = {*from_batch, *(storage_of(tensor) for tensor in weights)}
+        from_batch = {storage_of(readable(tensor)) for tensor in batch}
+        self._suspects = {*from_batch, *(storage_of(readable(tensor)) for tensor in weights)}
         self._descents = Descents(root, from_batch)
         self._masked = MaskedGradients()
         self._made: set[int] = set()

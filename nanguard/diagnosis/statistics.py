@@ -12,6 +12,7 @@ from nanguard.incident import TensorStats
 
 __all__ = ["describe_tensor", "is_finite", "nonfinite", "plain", "readable"]
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _HALF = frozenset((torch.float16, torch.bfloat16))
 
 
@@ -21,8 +22,18 @@ def plain(tensor: Tensor) -> bool:
 
 
 def readable(value: Any) -> Any:
-    """Zeros without memory, which torch makes in second derivatives, as a tensor that can be read; all else as it is."""
-    if not isinstance(value, Tensor) or not value._is_zerotensor():
+    """A tensor whose memory can be looked at.
+
+    That is the values of a sparse tensor, and zeros in place of those without memory which torch makes in second derivatives;
+    all else as it is.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if value.layout is torch.sparse_coo:
+        return value._values()
+    if value.layout in _COMPRESSED:
+        return value.values()
+    if not value._is_zerotensor():
         return value
     return torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
 

@@ -262,3 +262,14 @@ class CountAsANumber(Whole):
         x, y = batch
         positives = int((y > 0).sum())
         return (self.body(x).square().sum(1) * (y > 0)).sum() / positives  # <- here
+
+
+@bug("aten.pow", "division_by_zero")
+class NormalisedSparseGraph(Small):
+    """What is not finite goes on as the values of a sparse matrix."""
+
+    def loss(self, h, y, s):
+        edges = torch.arange(len(h)).expand(2, -1)
+        weights = s[:, 0].pow(-0.5)  # <- here
+        graph = torch.sparse_coo_tensor(edges, weights, (len(h), len(h)))
+        return torch.sparse.mm(graph, h).square().mean()
