@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate, default_convert
 
-from nanguard.diagnosis import batch_size, has_rows, take
+from nanguard.diagnosis import batch_size, dimension_of, has_rows, take
 from nanguard.rng import RngState
 from nanguard.trees import map_tensors, named_tensors
 
@@ -91,11 +91,25 @@ class Collation:
     def _without_rows(self, samples: list[Any], whole: Any) -> bool:
         """Whether a batch shows no rows that are made of one sample each, as graphs that are strung together show none."""
         size = batch_size(whole, len(samples))
-        if size is None:
+        if size is None or self._grows_elsewhere(samples[0], whole, size):
             return True
         if size == len(samples) and has_rows(whole, size):
             return False
         return self._asked(samples, whole, sorted({0, size // 2, size - 1}), size) is None
+
+    def _grows_elsewhere(self, sample: Any, whole: Any, size: int) -> bool:
+        """Whether samples add up along another dimension than the one that has their number, by chance, as steps of time."""
+        once, twice = (dict(named_tensors(self._alone(sample, copies), "")) for copies in (1, 2))
+        for path, tensor in named_tensors(whole, ""):
+            dim = dimension_of(tensor, size)
+            if (
+                dim is not None
+                and path in once
+                and path in twice
+                and _grown(once[path], twice[path]) not in (None, dim)
+            ):
+                return True
+        return False
 
     def _asked(self, samples: list[Any], whole: Any, rows: Sequence[int], size: int) -> tuple[int, ...] | None:
         """The positions of the samples that rows of a batch, which has so many, were made of."""
@@ -149,6 +163,12 @@ def _aside(call: Callable[[], T]) -> T | None:
         return None
     finally:
         before.restore()
+
+
+def _grown(one: Tensor, other: Tensor) -> int | None:
+    """The first dimension in which two tensors differ in length."""
+    pairs = zip(one.shape, other.shape, strict=False)
+    return next((dim for dim, (length, longer) in enumerate(pairs) if length != longer), None)
 
 
 def _as_long(sample: Any, size: int) -> bool:

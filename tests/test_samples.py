@@ -70,6 +70,7 @@ Point = collections.namedtuple("Point", "x y")
         ({"a": torch.zeros(4), "b": {"c": torch.zeros(4, 1, 1)}, "scale": torch.tensor(1.0)}, 4),
         (Point(torch.zeros(3), torch.zeros(3, 5)), 3),
         ((torch.zeros(4), torch.zeros(3)), None),
+        (((torch.zeros(3, 5),) * 4, ({"boxes": torch.zeros(2, 4)},) * 4), 4),
         ([], None),
         ("text", None),
     ],

@@ -1,7 +1,7 @@
 """The autopsy of a failed step: the operation, the cause and the samples, from second runs that leave no trace."""
 
 from nanguard.diagnosis.autopsy import diagnose
-from nanguard.diagnosis.batches import batch_size, has_rows, take
+from nanguard.diagnosis.batches import batch_size, dimension_of, has_rows, take
 from nanguard.diagnosis.cutting import Parts
 from nanguard.diagnosis.ends import Ends, bad_elements
 from nanguard.diagnosis.rerun import MicroBatch, Outcome, Rerun
@@ -17,6 +17,7 @@ __all__ = [
     "bad_elements",
     "batch_size",
     "diagnose",
+    "dimension_of",
     "has_rows",
     "suspects",
     "take",

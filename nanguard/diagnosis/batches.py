@@ -12,7 +12,7 @@ from torch import Tensor
 from nanguard.inputs import copy_tensor
 from nanguard.trees import attributes_of, map_tensors, named_tensors
 
-__all__ = ["batch_size", "has_rows", "take"]
+__all__ = ["batch_size", "dimension_of", "has_rows", "take"]
 
 
 def batch_size(batch: Any, expected: int | None = None) -> int | None:
@@ -26,6 +26,9 @@ def batch_size(batch: Any, expected: int | None = None) -> int | None:
     if expected is not None and not found:
         found = _lists(batch, None)
     lists: Counter[int] = Counter(map(len, found))
+    for length in lists:  # records in one list, and as many tensors of equal shape in another
+        if expected is None and len(_lists(batch, length)) > len(found):
+            return length
     tensors = [tensor for _, tensor in named_tensors(batch, "")]
     shaped = [tensor for tensor in tensors if tensor.ndim > 0 and not tensor.is_nested]
     sizes = Counter(tensor.shape[0] for tensor in shaped)
@@ -60,7 +63,7 @@ def has_rows(batch: Any, size: int) -> bool:
     listed = [entry for entry in _lists(batch, size) if len(entry) == size]
     inside = {id(tensor) for entry in listed for _, tensor in named_tensors(entry, "")}
     tensors = [tensor for _, tensor in named_tensors(batch, "") if tensor.ndim and id(tensor) not in inside]
-    return all(_dimension(tensor, size) is not None for tensor in tensors)
+    return all(dimension_of(tensor, size) is not None for tensor in tensors)
 
 
 def _mapped(
@@ -69,7 +72,7 @@ def _mapped(
     lists = {id(value) for value in _lists(batch, size) if len(value) == size}
 
     def change(tensor: Tensor) -> Tensor:
-        dim = _dimension(tensor, size)
+        dim = dimension_of(tensor, size)
         return copy_tensor(tensor) if dim is None else rows(tensor, dim)
 
     def whole(value: Any) -> Any:
@@ -80,7 +83,8 @@ def _mapped(
     return map_tensors(change, batch, whole=whole)
 
 
-def _dimension(tensor: Tensor, size: int | None) -> int | None:
+def dimension_of(tensor: Tensor, size: int | None) -> int | None:
+    """The dimension along which a tensor holds that many samples, `None` where it holds something else."""
     if tensor.is_nested or size is None:
         return None
     if tensor.ndim and tensor.shape[0] == size:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nanguard.diagnosis.batches import batch_size, has_rows, take
+from nanguard.diagnosis.batches import batch_size, take
 from nanguard.trees import named_tensors
 
 __all__ = ["Cut", "Parts", "cut_of", "samples_in"]
@@ -59,7 +59,7 @@ def cut_of(
         key = _part_at_fault(batch, path, rows)
         if key is not None:
             return _cut_inside(batch, key)
-    elif parts is not None and not (size == len(indices) and has_rows(batch, size)):
+    elif parts is not None:
         collated = parts(indices, batch)
         if collated is not None:
             return Cut(len(indices), collated)

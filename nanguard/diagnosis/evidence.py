@@ -153,6 +153,7 @@ def evidence_of(
         meant=meant,
         row=record.row_masked or _normalised(record, guilty),
         independent=tuple(i for i, value in enumerate(record.given) if not _may_depend(value, record.informed)),
+        pointwise=record.pointwise,
     )
 
 

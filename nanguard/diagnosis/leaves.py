@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nanguard.diagnosis.naming import clean_name
 from nanguard.diagnosis.records import storage_of
-from nanguard.diagnosis.statistics import is_finite, plain
+from nanguard.diagnosis.statistics import is_finite, plain, stored
 from nanguard.trees import attributes_of, named_tensors
 from nanguard.values import is_users
 
@@ -45,7 +45,8 @@ def state_leaves(module: nn.Module) -> list[tuple[str, Tensor]]:
 def leaf_path(tensors: Sequence[Tensor], outside: Sequence[tuple[str, Tensor]]) -> tuple[int, Tensor] | None:
     """The first of the leaves `outside` that one of these tensors is (a view of): its position, and the tensor."""
     storages = {storage_of(tensor) for tensor in tensors}
-    found = [(position, entry) for position, (_, entry) in enumerate(outside) if storage_of(entry) in storages]
+    held = [(position, stored(entry)) for position, (_, entry) in enumerate(outside)]
+    found = [(position, entry) for position, entry in held if storage_of(entry) in storages]
     # Several leaves may share memory, as columns of one table: the one at fault is the one that is not finite.
     bad = [(position, entry) for position, entry in found if plain(entry) and not is_finite(entry)]
     for position, entry in bad or found:

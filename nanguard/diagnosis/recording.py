@@ -59,8 +59,8 @@ class Trace(TorchDispatchMode):
         self._count = 0
         self._numbered = _sequence_number()
         self._late = False
-        from_batch = {storage_of(tensor) for tensor in batch}
-        self._suspects = {*from_batch, *(storage_of(tensor) for tensor in weights)}
+        from_batch = {storage_of(stored(tensor)) for tensor in batch}
+        self._suspects = {*from_batch, *(storage_of(stored(tensor)) for tensor in weights)}
         self._descents = Descents(root, from_batch, informed=informed)
         self._masked = MaskedGradients()
         self._made: set[int] = set()

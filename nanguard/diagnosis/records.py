@@ -122,6 +122,7 @@ class Evidence:
         meant: whether an infinity that was meant met it there.
         row: whether it was given rows of only -inf.
         independent: positions of the inputs that cannot depend on the batch.
+        pointwise: whether each element was made of the same element of the inputs.
     """
 
     new: Tensor
@@ -133,6 +134,7 @@ class Evidence:
     meant: bool = False
     row: bool = False
     independent: tuple[int, ...] = ()
+    pointwise: bool = False
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ from nanguard.incident import TensorStats
 
 __all__ = ["describe_tensor", "is_finite", "nonfinite", "plain", "stored"]
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _HALF = frozenset((torch.float16, torch.bfloat16))
 
 
@@ -25,6 +26,8 @@ def stored(tensor: Tensor) -> Tensor:
     """
     if tensor.layout is torch.sparse_coo:
         return tensor._values()
+    if tensor.layout in _COMPRESSED:
+        return tensor.values()
     if tensor._is_zerotensor():
         return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
     return tensor

@@ -293,3 +293,14 @@ class CountInTheBatch(Whole):
 
     def loss_of(self, batch):
         return F.cross_entropy(self.body(batch["x"]), batch["y"], reduction="sum") / batch["count"]  # <- here
+
+
+@bug("aten.pow", "division_by_zero")
+class NormalisedSparseGraph(Small):
+    """What is not finite goes on as the values of a sparse matrix."""
+
+    def loss(self, h, y, s):
+        edges = torch.arange(len(h)).expand(2, -1)
+        weights = s[:, 0].pow(-0.5)  # <- here
+        graph = torch.sparse_coo_tensor(edges, weights, (len(h), len(h)))
+        return torch.sparse.mm(graph, h).square().mean()

@@ -279,3 +279,21 @@ class IsolatedNodes(Whole):
         shares = 1 / batch["degrees"]  # <- here
         values = self.body(batch["nodes"]).mean(1) * shares
         return torch.zeros(int(batch["graph"].max()) + 1).index_add(0, batch["graph"], values).mean()
+
+
+def _as_columns(samples):
+    return tuple(torch.stack(column, 1) for column in zip(*samples, strict=True))
+
+
+def _steps_first():
+    samples = changed(lambda x, s: (x.expand(SIZE, 4), torch.cat([s, torch.ones(SIZE - 1)])))
+    return DataLoader(samples, batch_size=SIZE, collate_fn=_as_columns)
+
+
+@bug("aten.log", "log_of_zero", data=_steps_first)
+class AsManyStepsAsSamples(Whole):
+    """Which dimension is that of the samples shows when one of them is collated alone."""
+
+    def loss_of(self, batch):
+        x, scale = batch
+        return (self.body(x).mean(-1) * scale.log()).mean()  # <- here
