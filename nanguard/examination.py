@@ -143,7 +143,7 @@ def incident_of(
         origin=found.origin,
         cause=found.cause,
         samples=found.samples,
-        dataset_indices=_dataset_indices(micro, found.samples, provenance),
+        dataset_indices=_dataset_indices(micro, found, provenance),
         verdict=found.verdict,
         advice=found.advice,
         action=action,
@@ -153,15 +153,15 @@ def incident_of(
     )
 
 
-def _dataset_indices(
-    micro: MicroBatch, samples: tuple[int, ...] | None, provenance: Provenance | None
-) -> tuple[int, ...] | None:
-    """These samples of a micro-batch as indices into the dataset, where they are known."""
-    indices = micro.indices
+def _dataset_indices(micro: MicroBatch, found: Diagnosis, provenance: Provenance | None) -> tuple[int, ...] | None:
+    """The samples at fault in a micro-batch as indices into the dataset, where they are known."""
+    indices, samples = micro.indices, found.samples
     if indices is None or samples is None:
         return None
     if len(indices) == 1:
         return indices
+    if found.collated:
+        return tuple(indices[position] for position in samples)
     size = batch_size(micro.args[0], len(indices))
     if provenance is not None:
         return None if size is None else provenance.sources(indices, samples, size)

@@ -94,8 +94,13 @@ class Collation:
 
     def _without_rows(self, indices: Sequence[int], size: int) -> bool:
         """Whether batches have no row for each sample, as graphs have none."""
-        whole = self._batch(self._samples(indices))
-        return not has_rows(whole, size) and self._asked(indices, sorted({0, size - 1}), size) is None
+        samples = self._samples(indices)
+        if has_rows(self._batch(samples), size):
+            return False
+        alone = (self._alone(sample, len(samples)) for sample in samples[:_MOST_ROWS])
+        if len({batch_size(batch, size) for batch in alone if batch is not None}) > 1:
+            return True  # how many rows there are depends on the samples, as nodes do on the graphs
+        return self._asked(indices, sorted({0, size - 1}), size) is None
 
     def _samples(self, indices: Sequence[int]) -> list[Any]:
         return [_seeded(functools.partial(operator.getitem, self._dataset, index)) for index in indices]

@@ -117,15 +117,17 @@ class _Case:
         by_weights = self._by_weights(finding, found, forward)
         text = found.advice or advice(found.cause, found.origin, facts=facts_of(finding, by_weights=by_weights))
         notes = self._evidence(found, finding, forward, by_weights) if counterfactual else ()
-        positions = None
+        positions, cut = None, None
         if samples and not by_weights and found.origin is not None and found.origin.phase != "optimizer":
-            positions, remark = self._samples(found, finding, forward)
+            cut = self._cut(found, finding)
+            positions, remark = self._samples(cut, found, finding, forward)
             notes = (*notes, *remark)
         return replace(
             found,
             samples=positions,
             verdict="reproduced",
             advice=" ".join(filter(None, [text, *notes])),
+            collated=cut is not None and cut.collated,
         )
 
     def _named(self, finding: Finding, name: str | None, *, state: bool) -> Diagnosis:
@@ -219,10 +221,9 @@ class _Case:
         return cut_of(self._micro.args[0], self._micro.indices, path=path, rows=finding.rows, parts=self._parts)
 
     def _samples(
-        self, found: Diagnosis, finding: Finding, forward: bool
+        self, cut: Cut | None, found: Diagnosis, finding: Finding, forward: bool
     ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
         args = self._micro.args
-        cut = self._cut(found, finding)
         if cut is None:
             return None, ("The samples are not known: the batch shows no leading dimension that all of it shares.",)
         size = cut.size

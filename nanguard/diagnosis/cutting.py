@@ -24,10 +24,14 @@ Parts = Callable[[Sequence[int], Any, int], "Callable[[Sequence[int]], Any] | No
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """How many samples a batch holds, and what makes a batch of some of them, which may be named more than once."""
+    """How many samples a batch holds, and what makes a batch of some of them, which may be named more than once.
+
+    With `collated` they are those that the loader has chosen, in that order; otherwise they are rows of the batch.
+    """
 
     size: int
     take: Callable[[Sequence[int]], Any]
+    collated: bool = False
 
     def replaced(self, kept: Sequence[int], stand_in: int) -> Any:
         """The same batch with all samples but those replaced by one of them, so that random draws fall as they did."""
@@ -56,12 +60,12 @@ def cut_of(
         key = _part_at_fault(batch, path, rows)
         if key is not None:
             return _cut_inside(batch, key)
+    if indices is not None and parts is not None and (size is None or not has_rows(batch, size)):
+        collated = parts(indices, batch, len(indices) if size is None else size)
+        if collated is not None:
+            return Cut(len(indices), collated, collated=True)
     if size is None:
         return None
-    if indices is not None and parts is not None and len(indices) == size and not has_rows(batch, size):
-        collated = parts(indices, batch, size)
-        if collated is not None:
-            return Cut(size, collated)
     return Cut(size, lambda positions: take(batch, positions, size))
 
 
