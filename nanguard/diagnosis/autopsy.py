@@ -57,7 +57,11 @@ def diagnose(
         counterfactual: whether to run it under other circumstances, too, for evidence.
         parts: collates some of the samples anew, see `nanguard.diagnosis.cutting`.
     """
-    case = _Case(micro, rerun, healthy, parts)
+    with rerun.aside():
+        return _diagnosed(_Case(micro, rerun, healthy, parts), micro, rerun, samples, counterfactual)
+
+
+def _diagnosed(case: _Case, micro: MicroBatch, rerun: Rerun, samples: bool, counterfactual: bool) -> Diagnosis:
     outcome, finding = case.recorded(copy_of(micro.args))
     if outcome.error is not None:
         buffers = rerun.transaction.buffers(micro.before)
