@@ -106,10 +106,15 @@ def _save_tensor(tensor: Tensor) -> Undo:
     def undo() -> None:
         # Untouched tensors are left alone, because a write would invalidate graphs that saved them; fused optimizers write
         # without counting a version.
-        if version is None or tensor._version != version or not torch.equal(tensor, copy):
+        if version is None or tensor._version != version or not _equal(tensor, copy):
             write(tensor, copy)
 
     return undo
+
+
+def _equal(tensor: Tensor, copy: Tensor) -> bool:
+    """Whether two tensors hold the same, also where that is NaN."""
+    return torch.equal(tensor, copy) or bool(((tensor == copy) | ((tensor != tensor) & (copy != copy))).all())
 
 
 def write(tensor: Tensor, copy: Tensor) -> None:

@@ -244,6 +244,17 @@ def test_state_in_slots_and_containers_of_the_standard_library():
         assert (list(line.queue), text, dict(held)) == (["first"], b"ab", {"a": [1]})
 
 
+def test_a_tensor_that_holds_a_nan_is_not_written_for_that():
+    tensor = torch.tensor([1.0, float("nan")])
+    undo = save_value([tensor])
+    version = tensor._version
+    undo()
+    assert tensor._version == version
+    tensor.data[0] = 2.0
+    undo()
+    assert tensor[0] == 1.0
+
+
 def test_cycles_end():
     loop = []
     loop.append(loop)
