@@ -29,8 +29,8 @@ _SCALER_ADVICE = (
 class Provenance(Protocol):
     """What is known of how the batches are made."""
 
-    def sources(self, indices: Sequence[int], positions: Sequence[int], batch: Any) -> tuple[int, ...] | None:
-        """Of the indices of a batch, those of the samples at some positions of it."""
+    def sources(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
+        """Of the indices of a batch, those that rows were made of, given its size."""
 
     def parts(self, indices: Sequence[int], batch: Any) -> Callable[[Sequence[int]], Any] | None:
         """What collates some of the samples of a batch; `None` where its rows can be cut."""
@@ -132,7 +132,7 @@ def incident_of(
         details: remarks, of which empty ones are left out.
         lead_up: the steps before.
         sighting: what watched modules saw of it.
-        provenance: tells which samples a batch was made of; without it those that stand at the same place.
+        provenance: tells which samples rows of a batch were made of; without it those that stand at the same place.
     """
     return Incident(
         step=moment.step,
@@ -143,7 +143,7 @@ def incident_of(
         origin=found.origin,
         cause=found.cause,
         samples=found.samples,
-        dataset_indices=_dataset_indices(micro, found.samples, provenance),
+        dataset_indices=_dataset_indices(micro, found, provenance),
         verdict=found.verdict,
         advice=found.advice,
         action=action,
@@ -153,17 +153,17 @@ def incident_of(
     )
 
 
-def _dataset_indices(
-    micro: MicroBatch, samples: tuple[int, ...] | None, provenance: Provenance | None
-) -> tuple[int, ...] | None:
-    """These samples of a micro-batch as indices into the dataset, where they are known."""
-    indices = micro.indices
+def _dataset_indices(micro: MicroBatch, found: Diagnosis, provenance: Provenance | None) -> tuple[int, ...] | None:
+    """The samples at fault in a micro-batch as indices into the dataset, where they are known."""
+    indices, samples = micro.indices, found.samples
     if indices is None or samples is None:
         return None
     if len(indices) == 1:
         return indices
+    if found.collated:
+        return tuple(indices[position] for position in samples)
+    size = batch_size(micro.args[0], len(indices))
     if provenance is not None:
-        return provenance.sources(indices, samples, micro.args[0])
+        return None if size is None else provenance.sources(indices, samples, size)
     # Otherwise collation made another number of rows of these samples.
-    in_order = batch_size(micro.args[0], len(indices)) == len(indices)
-    return tuple(indices[position] for position in samples) if in_order else None
+    return tuple(indices[position] for position in samples) if size == len(indices) else None

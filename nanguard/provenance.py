@@ -45,18 +45,17 @@ class Collation:
         self._dataset = dataset
         self._collate = collate
 
-    def sources(self, indices: Sequence[int], positions: Sequence[int], batch: Any) -> tuple[int, ...] | None:
-        """The samples at some positions of a batch, in their order; `None` where there is no telling.
+    def sources(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
+        """The samples that rows of a batch were made of, in the order of the rows; `None` where there is no telling.
 
         Args:
             indices: what the sampler chose for the batch.
-            positions: of rows of the batch; where it is collated anew in parts, of samples.
-            batch: the batch.
+            rows: positions in the batch.
+            size: number of rows of the batch.
         """
         if self._collate is None or self._collate in _PLAIN:
-            in_order = batch_size(batch, len(indices)) == len(indices)
-            return tuple(indices[position] for position in positions) if in_order else None
-        return _aside(lambda: self._sources(indices, positions, batch))
+            return tuple(indices[row] for row in rows) if size == len(indices) else None
+        return _aside(lambda: self._sources(indices, rows, size))
 
     def parts(self, indices: Sequence[int], batch: Any) -> Callable[[Sequence[int]], Any] | None:
         """What collates the samples at some positions of a batch anew, in the devices and dtypes that it has.
@@ -68,14 +67,12 @@ class Collation:
             return None
         return _aside(lambda: self._parts(indices, batch))
 
-    def _sources(self, indices: Sequence[int], positions: Sequence[int], batch: Any) -> tuple[int, ...] | None:
+    def _sources(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
         samples = self._samples(indices)
         whole = self._batch(samples)
-        size = batch_size(batch, len(indices))
-        if self._without_rows(samples, whole):
-            in_order = size == len(indices) or _identical(_like(whole, batch), batch)
-            return tuple(indices[position] for position in positions) if in_order else None
-        found = None if size is None else self._asked(samples, whole, positions, size)
+        found = self._asked(samples, whole, rows, size)
+        if found is None and size == len(indices) and self._without_rows(samples, whole):
+            return tuple(indices[row] for row in rows)
         return None if found is None else tuple(indices[source] for source in found)
 
     def _parts(self, indices: Sequence[int], batch: Any) -> Callable[[Sequence[int]], Any] | None:
@@ -95,7 +92,10 @@ class Collation:
             return True
         if size == len(samples) and has_rows(whole, size):
             return False
-        return self._asked(samples, whole, sorted({0, size // 2, size - 1}), size) is None
+        alone = (self._alone(sample, len(samples)) for sample in samples[:_MOST_ROWS])
+        if len({batch_size(batch, size) for batch in alone if batch is not None}) > 1:
+            return True  # how many rows there are depends on the samples, as nodes do on the graphs
+        return self._asked(samples, whole, sorted({0, size - 1}), size) is None
 
     def _grows_elsewhere(self, sample: Any, whole: Any, size: int) -> bool:
         """Whether samples add up along another dimension than the one that has their number, by chance, as steps of time."""

@@ -112,9 +112,9 @@ class SampleRecord:
         indices, moment = self._recorder.next_batch()
         return base_indices(self._datasets[0], indices) if len(self._datasets) == 1 else None, moment
 
-    def sources(self, indices: Sequence[int], positions: Sequence[int], batch: Any) -> tuple[int, ...] | None:
-        """Which of these samples stand at some positions of their batch; see `Collation.sources`."""
-        return self._collation.sources(indices, positions, batch) if self._collation is not None else None
+    def sources(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
+        """Which of these samples rows of their batch, which has so many, were made of; see `Collation.sources`."""
+        return self._collation.sources(indices, rows, size) if self._collation is not None else None
 
     def parts(self, indices: Sequence[int], batch: Any) -> Callable[[Sequence[int]], Any] | None:
         """What collates some samples of a batch anew, where its rows cannot be cut; see `Collation.parts`."""

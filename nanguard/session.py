@@ -21,6 +21,7 @@ from nanguard.patches import Patches
 from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sampling import SampleRecord
+from nanguard.through_trainer import undisturbed
 from nanguard.trainer_state import (
     IGNORED,
     changes_before_step,
@@ -117,6 +118,7 @@ class Session:
                 lambda: trainer.optimizers,
                 backward=module.backward if is_users_hook(module, "backward") else None,
                 after_backward=module.on_after_backward if is_users_hook(module, "on_after_backward") else None,
+                aside=lambda: undisturbed(trainer),
             )
         return Guard(
             self._policy,

@@ -18,6 +18,7 @@ from nanguard.archive import Circumstances
 from nanguard.errors import NanGuardError
 from nanguard.patches import Patches
 from nanguard.peers import Peers
+from nanguard.through_trainer import silent
 from nanguard.values import Undo
 from nanguard.window import Moment
 
@@ -232,7 +233,7 @@ def quiet(trainer: Any, module: Any, function: str = "training_step") -> Iterato
     loggers, name = trainer.loggers, module._current_fx_name
     for method in ("log", "log_dict", "print"):
         patches.set(module, method, _nothing)
-    trainer.loggers = []
+    trainer.loggers = [silent(logger) for logger in loggers]
     module._current_fx_name = function
     try:
         yield

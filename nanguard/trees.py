@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from nanguard.values import slots_of
 
 __all__ = ["attributes_of", "holds_only_tensors", "map_tensors", "named_tensors"]
 
@@ -88,25 +89,15 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 
 def attributes_of(value: Any) -> list[tuple[str, Any]]:
     """What an object holds, in its dictionary or in slots."""
-    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
-    return [
-        *getattr(value, "__dict__", {}).items(),
-        *((name, getattr(value, name)) for name in slots if hasattr(value, name)),
-    ]
-
-
-@functools.cache
-def _slots(kind: type) -> tuple[str, ...]:
-    names = kind.__dict__.get("__slots__", ())
-    names = (names,) if isinstance(names, str) else names
-    return tuple(name for name in names if not name.startswith("__"))
+    slots = [(name, getattr(value, name)) for name in slots_of(type(value)) if hasattr(value, name)]
+    return [*getattr(value, "__dict__", {}).items(), *slots]
 
 
 def _has_attributes(value: Any) -> bool:
     """Whether it is an object whose attributes are worth looking at: a container of somebody's own, not machinery."""
     if isinstance(value, (type, nn.Module)) or callable(value):
         return False
-    if not hasattr(value, "__dict__") and not any(map(_slots, type(value).__mro__)):
+    if not hasattr(value, "__dict__") and not slots_of(type(value)):
         return False
     return dataclasses.is_dataclass(value) or isinstance(value, UserDict) or _holds_tensors(value)
 

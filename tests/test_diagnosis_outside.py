@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import assert_same, fit, policy
@@ -138,3 +139,94 @@ def test_the_run_goes_on_as_if_nobody_had_looked(tmp_path: Path, make: Any) -> N
         assert "NotRewound" in incident.advice
     else:
         assert (incident.cause, incident.samples, incident.verdict) == ("log_of_zero", (2,), "reproduced")
+
+
+# -- what a step reaches through its Trainer
+
+
+class Reaching(Counting):
+    def weight(self) -> Any:
+        return 1.0
+
+
+class SetsTheLearningRate(Reaching):
+    def weight(self) -> Any:
+        for group in self.optimizers().param_groups:
+            group["lr"] *= 0.9
+        return 1.0
+
+
+class StepsItsSchedule(Reaching):
+    def weight(self) -> Any:
+        self.lr_schedulers().step()
+        return 1.0
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+
+class ClearsGradients(Reaching):
+    """As after an attack on its own inputs."""
+
+    def weight(self) -> Any:
+        x = torch.ones(2, 4, requires_grad=True)
+        self.layer(x).sum().backward()
+        self.zero_grad()
+        return 1.0 + x.grad.sum()
+
+
+class Weighs(TensorDataset):
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__(*tensors)
+        self.weights = [1.0]
+
+
+class WritesIntoItsData(Reaching):
+    def weight(self) -> Any:
+        weights = self.trainer.train_dataloader.dataset.weights
+        weights.append(weights[-1] + 1)
+        return weights[-1]
+
+
+class StopsOnSmallBatches(Reaching):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.trainer.should_stop |= len(batch[0]) < 4
+        return super().training_step(batch, batch_idx)
+
+
+class TellsItsLogger(Reaching):
+    def weight(self) -> Any:
+        assert isinstance(self.logger, CSVLogger)
+        assert self.logger.version == 0
+        self.logger.experiment.log_metrics({"x": 1.0}, self.global_step)
+        self.logger.log_metrics({"y": 1.0}, step=self.global_step)
+        return 1.0
+
+
+REACHING = [
+    SetsTheLearningRate,
+    StepsItsSchedule,
+    ClearsGradients,
+    WritesIntoItsData,
+    StopsOnSmallBatches,
+    TellsItsLogger,
+]
+
+
+@pytest.mark.parametrize("make", REACHING)
+@pytest.mark.parametrize("action", ["skip_step", "record"])
+def test_what_a_step_reaches_through_its_trainer_stays(tmp_path: Path, make: Any, action: str) -> None:
+    data = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    data[6, 0] = 0.0
+    runs, told = [], []
+    for enabled in (True, False):
+        guard = policy(tmp_path, action, capture={"enabled": False}, diagnosis={"enabled": enabled})
+        logger = CSVLogger(tmp_path / str(enabled), version=0)
+        loader = DataLoader(Weighs(data), batch_size=4)
+        runs.append(fit(tmp_path, make, loader, guard, logger=logger, max_epochs=2))
+        told.append([path.read_text() for path in tmp_path.glob(f"{enabled}/**/metrics.csv")])
+    assert_same(*runs)
+    assert told[0] == told[1]
+    incident = runs[0].incidents[0]
+    assert (incident.cause, incident.samples, incident.verdict) == ("log_of_zero", (2,), "reproduced")

@@ -57,6 +57,7 @@ ROOMS = [
     *(
         "guard",
         "report",
+        "through_trainer",
         "trainer_state",
         "validating",
         "session",

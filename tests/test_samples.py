@@ -79,6 +79,12 @@ def test_batch_size(batch, size):
     assert batch_size(batch) == size
 
 
+def test_several_rows_for_each_sample_are_told_from_the_second_dimension():
+    assert batch_size([torch.zeros(8, 4), torch.zeros(8)], 4) == 8
+    assert batch_size([torch.zeros(8, 4, 2), torch.zeros(4)], 4) == 4
+    assert batch_size(torch.zeros(7, 4), 4) == 4
+
+
 def test_take_keeps_structure_and_what_is_no_sample():
     batch = Point({"a": torch.arange(4), "name": "x"}, [torch.arange(8).view(4, 2), torch.tensor(5)])
     sub = take(batch, [2, 0])

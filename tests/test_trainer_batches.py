@@ -86,6 +86,44 @@ def test_graphs(tmp_path: Path, bare: tuple[int, ...], precision: Any) -> None:
     assert incident.dataset_indices == bare
 
 
+@pytest.mark.parametrize("bare", [(5,), (4, 7)])
+def test_graphs_with_a_label_for_each_node(tmp_path: Path, bare: tuple[int, ...]) -> None:
+    class OfNodes(Layer):
+        def training_step(self, batch: Graphs, batch_idx: int) -> Tensor:
+            source, target = batch.edges
+            degree = torch.bincount(target, minlength=len(batch.nodes)).float()
+            means = torch.zeros_like(batch.nodes).index_add(0, target, batch.nodes[source]) / degree[:, None]
+            return nn.functional.cross_entropy(self.layer(means), batch.label)
+
+    def drawn(graphs: Any) -> Graphs:
+        batch = _drawn(graphs)
+        batch.label = batch.label[batch.member]
+        return batch
+
+    graphs = [_graph(index, bare) for index in range(12)]
+    incident = first(tmp_path, OfNodes, DataLoader(graphs, batch_size=4, collate_fn=drawn))
+    assert (incident.batch_idx, incident.cause) == (1, "division_by_zero")
+    assert incident.samples == tuple(index - 4 for index in bare)
+    assert incident.dataset_indices == bare
+
+
+def test_two_views_of_each_sample(tmp_path: Path) -> None:
+    class Model(Layer):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return nn.functional.cross_entropy(self.layer(x), y)
+
+    def both(samples: list[Any]) -> Any:
+        views = torch.stack([view for x, _ in samples for view in (x, x + 1)])
+        return views, torch.tensor([label for _, label in samples for _ in range(2)])
+
+    data = torch.randn(12, 4)
+    data[6, 1] = float("nan")
+    loader = DataLoader(list(zip(data, [0, 1, 2] * 4, strict=True)), batch_size=4, collate_fn=both)
+    incident = first(tmp_path, Model, loader)
+    assert (incident.batch_idx, incident.samples, incident.dataset_indices) == (1, (4, 5), (6, 6))
+
+
 def test_graphs_whose_nodes_are_noisy_cannot_be_drawn_again(tmp_path: Path) -> None:
     class Noisy(list):
         def __getitem__(self, index: Any) -> Any:

@@ -57,7 +57,11 @@ def diagnose(
         counterfactual: whether to run it under other circumstances, too, for evidence.
         parts: collates some of the samples anew, see `nanguard.diagnosis.cutting`.
     """
-    case = _Case(micro, rerun, healthy, parts)
+    with rerun.aside():
+        return _diagnosed(_Case(micro, rerun, healthy, parts), micro, rerun, samples, counterfactual)
+
+
+def _diagnosed(case: _Case, micro: MicroBatch, rerun: Rerun, samples: bool, counterfactual: bool) -> Diagnosis:
     outcome, finding = case.recorded(copy_of(micro.args))
     if outcome.error is not None:
         buffers = rerun.transaction.buffers(micro.before)
@@ -119,15 +123,17 @@ class _Case:
         by_weights = self._by_weights(finding, found, forward)
         text = found.advice or advice(found.cause, found.origin, facts=facts_of(finding, by_weights=by_weights))
         notes = self._evidence(found, finding, forward, by_weights) if counterfactual else ()
-        positions = None
+        positions, cut = None, None
         if samples and not by_weights and found.origin is not None and found.origin.phase != "optimizer":
-            positions, remark = self._samples(found, finding, forward)
+            cut = self._cut(found, finding)
+            positions, remark = self._samples(cut, found, finding, forward)
             notes = (*notes, *remark)
         return replace(
             found,
             samples=positions,
             verdict="reproduced",
             advice=" ".join(filter(None, [text, *notes])),
+            collated=cut is not None and cut.collated,
         )
 
     def _named(self, finding: Finding, name: str | None, *, state: bool) -> Diagnosis:
@@ -231,10 +237,9 @@ class _Case:
         return cut_of(self._micro.args[0], self._micro.indices, path=path, rows=finding.rows, parts=self._parts)
 
     def _samples(
-        self, found: Diagnosis, finding: Finding, forward: bool
+        self, cut: Cut | None, found: Diagnosis, finding: Finding, forward: bool
     ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
         args = self._micro.args
-        cut = self._cut(found, finding)
         if cut is None:
             return None, ("The samples are not known: the batch shows no leading dimension that all of it shares.",)
         size = cut.size

@@ -32,7 +32,7 @@ def batch_size(batch: Any, expected: int | None = None) -> int | None:
     tensors = [tensor for _, tensor in named_tensors(batch, "")]
     shaped = [tensor for tensor in tensors if tensor.ndim > 0 and not tensor.is_nested]
     sizes = Counter(tensor.shape[0] for tensor in shaped)
-    if expected is not None and (sizes[expected] or lists[expected] or any(expected in t.shape[:2] for t in shaped)):
+    if expected is not None and (sizes[expected] or lists[expected] or _second(shaped, sizes, expected)):
         return expected
     inside = Counter(t.shape[0] for entry in found for _, t in named_tensors(entry, "") if t.ndim)
     sizes = sizes - inside + lists
@@ -40,6 +40,13 @@ def batch_size(batch: Any, expected: int | None = None) -> int | None:
         return None
     (size, votes), *others = sizes.most_common()
     return None if others and others[0][1] == votes else size
+
+
+def _second(tensors: list[Tensor], sizes: Counter[int], expected: int) -> bool:
+    """Whether the samples are the second dimension: not where several tensors hold a number of rows for each sample."""
+    if any(size % expected == 0 and votes > 1 for size, votes in sizes.items() if size):
+        return False
+    return any(expected in tensor.shape[:2] for tensor in tensors)
 
 
 def take(batch: Any, positions: Sequence[int], size: int | None = None) -> Any:

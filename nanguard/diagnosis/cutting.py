@@ -26,11 +26,13 @@ Parts = Callable[[Sequence[int], Any], "Callable[[Sequence[int]], Any] | None"]
 class Cut:
     """How many samples a batch holds, and what makes a batch of some of them, which may be named more than once.
 
-    It gives `None` where there is no batch of these alone.
+    With `collated` they are those that the loader has chosen, in that order; otherwise they are rows of the batch. `take` gives
+    `None` where there is no batch of these alone.
     """
 
     size: int
     take: Callable[[Sequence[int]], Any]
+    collated: bool = False
 
     def replaced(self, kept: Sequence[int], stand_in: int) -> Any:
         """The same batch with all samples but those replaced by one of them, so that random draws fall as they did."""
@@ -62,7 +64,7 @@ def cut_of(
     elif parts is not None:
         collated = parts(indices, batch)
         if collated is not None:
-            return Cut(len(indices), collated)
+            return Cut(len(indices), collated, collated=True)
     return None if size is None else Cut(size, lambda positions: take(batch, positions, size))
 
 

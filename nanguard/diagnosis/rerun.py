@@ -86,6 +86,7 @@ class Rerun:
         graph: whether autograd is on.
         backward: how the module runs the backward pass of a loss, where it does that in a way of its own.
         after_backward: what the module does with its gradients after the backward pass.
+        aside: what all runs of one diagnosis happen in.
     """
 
     module: nn.Module
@@ -97,6 +98,7 @@ class Rerun:
     graph: bool = True
     backward: Callable[[Tensor], Any] | None = None
     after_backward: Callable[[], Any] | None = None
+    aside: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __call__(
         self,
@@ -122,7 +124,7 @@ class Rerun:
         micro.before.restore()
         arguments = tuple(micro.args if args is None else args)
         try:
-            with unchanged(self.module), untouched(self.module):
+            with unchanged(self.module), untouched(self.module), _own_gradients(list(self.module.parameters())):
                 return self._run(micro, arguments, trace, backward=backward, compiled=compiled, within=within)
         except Exception as error:  # a sub-batch may well be too small for the model
             return Outcome(error=error)

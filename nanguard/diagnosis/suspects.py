@@ -26,13 +26,17 @@ _NOT_RUN_AGAIN = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the autopsy found; the fields are those of an `Incident`."""
+    """What the autopsy found; the fields are those of an `Incident`.
+
+    With `collated` the samples are those that the loader has chosen, in that order; otherwise they are rows of the batch.
+    """
 
     origin: Origin | None = None
     cause: Cause = "unknown"
     samples: tuple[int, ...] | None = None
     verdict: Verdict = "not_replayed"
     advice: str = ""
+    collated: bool = False
 
 
 def suspects(
