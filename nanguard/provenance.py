@@ -99,15 +99,11 @@ class Collation:
 
     def _grows_elsewhere(self, sample: Any, whole: Any, size: int) -> bool:
         """Whether samples add up along another dimension than the one that has their number, by chance, as steps of time."""
-        once, twice = (dict(named_tensors(self._alone(sample, copies), "")) for copies in (1, 2))
-        for path, tensor in named_tensors(whole, ""):
-            dim = dimension_of(tensor, size)
-            if (
-                dim is not None
-                and path in once
-                and path in twice
-                and _grown(once[path], twice[path]) not in (None, dim)
-            ):
+        trees = (whole, self._alone(sample, 1), self._alone(sample, 2))
+        tensors, once, twice = (dict(named_tensors(tree, "")) for tree in trees)
+        for path in tensors.keys() & once.keys() & twice.keys():
+            dim = dimension_of(tensors[path], size)
+            if dim is not None and _grown(once[path], twice[path]) not in (None, dim):
                 return True
         return False
 
