@@ -216,7 +216,10 @@ class _Case:
         if evidence is None or finding.origin.phase != "forward":
             return False
         operand = guilty_operand(finding, found.cause)
-        return operand in evidence.independent or len(evidence.independent) == len(evidence.guilty) > 0
+        if operand in evidence.independent:
+            return True
+        # Nothing at all may well be what a batch has left.
+        return len(evidence.independent) == len(evidence.guilty) > 0 and found.cause != "empty_reduction"
 
     def _picks(self, finding: Finding) -> bool:
         return finding.kernel in ("aten.embedding", "aten.index", "aten.index_select", "aten.gather")
