@@ -187,6 +187,8 @@ class _Case:
         if evidence is None or finding.origin.phase != "forward":
             return False
         operand = guilty_operand(finding, found.cause)
+        if operand is None and found.cause == "empty_reduction":
+            return False  # nothing at all may well be what a batch has left
         decisive = range(len(evidence.guilty)) if operand is None else (operand,)
         return len(decisive) > 0 and set(decisive) <= set(evidence.independent)
 

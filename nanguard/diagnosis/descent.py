@@ -27,6 +27,10 @@ _MOST_WEIGHTS = 4
 
 
 _NOWHERE = Descent()
+# What tells a program of the numbers in a tensor: as one of its own, or by the length of the result.
+_READS = frozenset(
+    f"aten.{name}" for name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")
+)
 
 
 @final
@@ -39,7 +43,8 @@ class Descents:
         informed: whether the batch holds numbers itself.
 
     Attributes:
-        informed: whether the program has numbers of the batch: given, or read out of its tensors.
+        informed: whether the program has numbers of the batch: given, read out of its tensors, or how many of its elements are of
+            a kind.
     """
 
     def __init__(self, root: nn.Module, batch: Iterable[int], *, informed: bool = False) -> None:
@@ -62,7 +67,7 @@ class Descents:
         sources: list[Source],
     ) -> None:
         """Takes note of what an operation has made of what it was given."""
-        if known.name == "aten._local_scalar_dense":
+        if known.name in _READS or (known.name == "aten.index" and any(t.dtype is torch.bool for t in tensors[1:])):
             self.informed |= any(isinstance(entry, Descent) and entry.batch for entry in given)
         made = [self._identity(tensor) for tensor in results]
         if not (known.view and all(storage in self._known for storage in made)):

@@ -304,3 +304,13 @@ class NormalisedSparseGraph(Small):
         weights = s[:, 0].pow(-0.5)  # <- here
         graph = torch.sparse_coo_tensor(edges, weights, (len(h), len(h)))
         return torch.sparse.mm(graph, h).square().mean()
+
+
+@bug("aten.div", "division_by_zero", samples=tuple(range(8)), data=_no_positives, batch_idx=0, count=None)
+class LengthOfASelection(Whole):
+    """How many there are is known from the shape of what was chosen."""
+
+    def loss_of(self, batch):
+        x, y = batch
+        positives = x[y > 0]
+        return self.body(x).square().sum() / len(positives)  # <- here

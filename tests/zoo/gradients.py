@@ -86,6 +86,15 @@ class HingeThatIsIndexed(Small):
 
 
 @bug("aten.sqrt", "singular_gradient", **PART)
+class RootThatIsDropped(Small):
+    """What a dropout leaves out this time it keeps the next."""
+
+    def loss(self, h, y, s):
+        length = (h * s).square().sum(1).sqrt()  # <- here
+        return (length * (2 * s[:, 0])).mean()
+
+
+@bug("aten.sqrt", "singular_gradient", **PART)
 class SquaredRoot(Small):
     """The gradient that arrives is 0 by chance, not by a mask."""
 
