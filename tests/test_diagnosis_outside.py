@@ -178,6 +178,13 @@ class ClearsGradients(Reaching):
         return 1.0 + x.grad.sum()
 
 
+class ReadsGradients(Reaching):
+    """As where losses are weighted by the gradients of the step before."""
+
+    def weight(self) -> Any:
+        return self.layer.weight.grad.norm().clamp(0.5, 2.0) if self.global_step == 1 else 1.0
+
+
 class Weighs(TensorDataset):
     def __init__(self, *tensors: Tensor) -> None:
         super().__init__(*tensors)
@@ -210,6 +217,7 @@ REACHING = [
     SetsTheLearningRate,
     StepsItsSchedule,
     ClearsGradients,
+    ReadsGradients,
     WritesIntoItsData,
     StopsOnSmallBatches,
     TellsItsLogger,
