@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ATOMIC", "Undo", "is_constant", "is_users", "save_value", "slots_of", "write"]
+__all__ = ["ATOMIC", "Undo", "clone_of", "is_constant", "is_users", "save_value", "slots_of", "write"]
 
 Undo = Callable[[], None]
 
@@ -98,9 +98,9 @@ def _save_all(values: Any, undos: list[Undo], seen: set[int], depth: int) -> Non
 
 
 def _save_tensor(tensor: Tensor) -> Undo:
-    if tensor.numel() * tensor.element_size() > _LARGEST:
+    if tensor.is_meta or tensor.numel() * tensor.element_size() > _LARGEST:
         return lambda: None
-    copy = tensor.detach().clone(memory_format=torch.preserve_format)
+    copy = clone_of(tensor)
     version = None if tensor.is_inference() else tensor._version
 
     def undo() -> None:
@@ -112,8 +112,22 @@ def _save_tensor(tensor: Tensor) -> Undo:
     return undo
 
 
+def clone_of(tensor: Tensor) -> Tensor:
+    """A copy of a tensor with the same strides, whatever its layout."""
+    detached = tensor.detach()
+    if _is_strided(tensor):
+        return detached.clone(memory_format=torch.preserve_format)
+    return detached.clone()
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def _equal(tensor: Tensor, copy: Tensor) -> bool:
-    """Whether two tensors hold the same, also where that is NaN."""
+    """Whether two tensors hold the same, also where that is NaN. Of those that cannot be compared the versions have to do."""
+    if not _is_strided(tensor) or tensor.is_quantized:
+        return True
     return torch.equal(tensor, copy) or bool(((tensor == copy) | ((tensor != tensor) & (copy != copy))).all())
 
 

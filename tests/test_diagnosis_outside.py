@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import assert_same, fit, policy
 
+import nanguard
+
 CALLS = [0]
 LEVEL = 0.0
 
@@ -176,6 +178,13 @@ class ClearsGradients(Reaching):
         return 1.0 + x.grad.sum()
 
 
+class ReadsGradients(Reaching):
+    """As where losses are weighted by the gradients of the step before."""
+
+    def weight(self) -> Any:
+        return self.layer.weight.grad.norm().clamp(0.5, 2.0) if self.global_step == 1 else 1.0
+
+
 class Weighs(TensorDataset):
     def __init__(self, *tensors: Tensor) -> None:
         super().__init__(*tensors)
@@ -208,6 +217,7 @@ REACHING = [
     SetsTheLearningRate,
     StepsItsSchedule,
     ClearsGradients,
+    ReadsGradients,
     WritesIntoItsData,
     StopsOnSmallBatches,
     TellsItsLogger,
@@ -230,3 +240,32 @@ def test_what_a_step_reaches_through_its_trainer_stays(tmp_path: Path, make: Any
     assert told[0] == told[1]
     incident = runs[0].incidents[0]
     assert (incident.cause, incident.samples, incident.verdict) == ("log_of_zero", (2,), "reproduced")
+
+
+# -- tensors of every layout, wherever they are held
+
+
+class Sparse(Reaching):
+    def prepare(self) -> None:
+        self.neighbours = torch.eye(4).to_sparse()
+        self.rows = torch.eye(4).to_sparse_csr()
+        self.lengths = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        self.register_buffer("degrees", torch.eye(4).to_sparse())
+
+    def weight(self) -> Any:
+        return (
+            torch.sparse.mm(self.neighbours, self.layer.weight.T).sum()
+            + torch.sparse.mm(self.degrees, torch.ones(4, 1)).sum()
+        )
+
+
+def test_a_module_that_holds_tensors_of_other_layouts(tmp_path: Path) -> None:
+    data = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    data[6, 0] = 0.0
+    dataset = TensorDataset(data)
+    dataset.neighbours, dataset.nowhere = torch.eye(3).to_sparse(), torch.empty(3, device="meta")
+    guard = policy(tmp_path, "skip_step", capture={"directory": str(tmp_path / "captures")})
+    incident = fit(tmp_path, Sparse, DataLoader(dataset, batch_size=4), guard).incidents[0]
+    assert (incident.cause, incident.samples, incident.verdict) == ("log_of_zero", (2,), "reproduced")
+    assert incident.capture is not None
+    assert nanguard.replay(incident.capture, Sparse()).reproduced

@@ -43,8 +43,7 @@ class Descents:
         informed: whether the batch holds numbers itself.
 
     Attributes:
-        informed: whether the program has numbers of the batch: given, read out of its tensors, or how many of its elements are of
-            a kind.
+        informed: whether the program has numbers of the batch: given, read out of its tensors, or counts of their elements.
     """
 
     def __init__(self, root: nn.Module, batch: Iterable[int], *, informed: bool = False) -> None:

@@ -124,7 +124,7 @@ class Rerun:
         micro.before.restore()
         arguments = tuple(micro.args if args is None else args)
         try:
-            with unchanged(self.module), untouched(self.module), _own_gradients(list(self.module.parameters())):
+            with unchanged(self.module), untouched(self.module), _spare_gradients(self.module):
                 return self._run(micro, arguments, trace, backward=backward, compiled=compiled, within=within)
         except Exception as error:  # a sub-batch may well be too small for the model
             return Outcome(error=error)
@@ -226,6 +226,24 @@ def _own_gradients(parameters: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+
+
+@contextmanager
+def _spare_gradients(module: nn.Module) -> Iterator[None]:
+    """Inside the block gradients are copies, which a step may read, clear and add to. What was non-finite in them is 0.
+
+    Those that the step has found the first time are gone; they were finite.
+    """
+    kept = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, gradient in kept:
+        if gradient is not None:
+            strided = gradient.layout is torch.strided
+            parameter.grad = gradient.detach().nan_to_num(0.0, 0.0, 0.0) if strided else torch.zeros_like(gradient)
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
             parameter.grad = gradient
 
 
