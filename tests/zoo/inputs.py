@@ -117,10 +117,6 @@ class ListOfSamples(Whole):
         return self.body(x).square().mean()
 
 
-def _as_columns(samples):
-    return tuple(torch.stack(column, 1) for column in zip(*samples, strict=True))
-
-
 def _time_first():
     def collate(samples):
         return {"frames": torch.stack([x.repeat(3, 1) for x in samples], 1), "weight": torch.ones(len(samples))}
