@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from torch import nn
 
@@ -18,14 +18,22 @@ from nanguard.transaction import Transaction
 from nanguard.watching import Sighting
 from nanguard.window import Attempt, Moment
 
-__all__ = ["Examination", "Sources", "attempted", "incident_of"]
+__all__ = ["Examination", "Provenance", "attempted", "incident_of"]
 
-# Of the indices of a batch, those that rows were made of, given its size.
-Sources = Callable[[Sequence[int], Sequence[int], int], "tuple[int, ...] | None"]
 _SCALER_ADVICE = (
     "Without the loss scale the gradients are finite, so they overflow in half precision only. Lower the learning rate or "
     "the initial scale, or train in bfloat16."
 )
+
+
+class Provenance(Protocol):
+    """What is known of how the batches are made."""
+
+    def sources(self, indices: Sequence[int], rows: Sequence[int], size: int) -> tuple[int, ...] | None:
+        """Of the indices of a batch, those that rows were made of, given its size."""
+
+    def parts(self, indices: Sequence[int], batch: Any) -> Callable[[Sequence[int]], Any] | None:
+        """What collates some of the samples of a batch; `None` where its rows can be cut."""
 
 
 @final
@@ -38,6 +46,7 @@ class Examination:
         transaction: knows the buffers as they were before the step.
         rerun: runs a step again; without it only inputs, parameters and watched modules are looked at.
         ends: what a step runs in where the outputs of watched modules have to be good, as `Rerun` takes it.
+        provenance: knows how the batches are made.
     """
 
     def __init__(
@@ -47,12 +56,14 @@ class Examination:
         transaction: Transaction,
         rerun: Rerun | None,
         ends: Callable[[Ends], AbstractContextManager[Callable[[Any], None]]],
+        provenance: Provenance | None = None,
     ) -> None:
         self._options = options
         self._module = module
         self._transaction = transaction
         self._rerun = rerun
         self._ends = ends
+        self._provenance = provenance
         self._healthy: MicroBatch | None = None
 
     def was_healthy(self, micro: MicroBatch) -> None:
@@ -83,6 +94,7 @@ class Examination:
             healthy=None if silent else self._healthy,
             samples=self._options.samples,
             counterfactual=self._options.counterfactuals,
+            parts=self._provenance.parts if self._provenance is not None else None,
         )
         if trigger == "scaler" and found.verdict == "transient":
             return Diagnosis(advice=_SCALER_ADVICE)
@@ -107,7 +119,7 @@ def incident_of(
     details: Iterable[str],
     lead_up: LeadUp,
     sighting: Sighting | None,
-    sources: Sources | None = None,
+    provenance: Provenance | None = None,
 ) -> Incident:
     """All that is known of one failed step.
 
@@ -120,7 +132,7 @@ def incident_of(
         details: remarks, of which empty ones are left out.
         lead_up: the steps before.
         sighting: what watched modules saw of it.
-        sources: tells which samples rows of a batch were made of; without it those that stand at the same place.
+        provenance: tells which samples rows of a batch were made of; without it those that stand at the same place.
     """
     return Incident(
         step=moment.step,
@@ -131,7 +143,7 @@ def incident_of(
         origin=found.origin,
         cause=found.cause,
         samples=found.samples,
-        dataset_indices=_dataset_indices(micro, found.samples, sources),
+        dataset_indices=_dataset_indices(micro, found, provenance),
         verdict=found.verdict,
         advice=found.advice,
         action=action,
@@ -141,19 +153,17 @@ def incident_of(
     )
 
 
-def _dataset_indices(
-    micro: MicroBatch, samples: tuple[int, ...] | None, sources: Sources | None
-) -> tuple[int, ...] | None:
-    """These samples of a micro-batch as indices into the dataset, where they are known."""
-    indices = micro.indices
+def _dataset_indices(micro: MicroBatch, found: Diagnosis, provenance: Provenance | None) -> tuple[int, ...] | None:
+    """The samples at fault in a micro-batch as indices into the dataset, where they are known."""
+    indices, samples = micro.indices, found.samples
     if indices is None or samples is None:
         return None
     if len(indices) == 1:
         return indices
-    if micro.parts is not None and micro.parts(micro.args[0]) is not None:
+    if found.collated:
         return tuple(indices[position] for position in samples)
     size = batch_size(micro.args[0], len(indices))
-    if sources is not None:
-        return None if size is None else sources(indices, samples, size)
+    if provenance is not None:
+        return None if size is None else provenance.sources(indices, samples, size)
     # Otherwise collation made another number of rows of these samples.
     return tuple(indices[position] for position in samples) if size == len(indices) else None

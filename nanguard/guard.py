@@ -23,8 +23,8 @@ from torch.nn.parameter import is_lazy
 
 from nanguard.archive import Archive, Circumstances
 from nanguard.budget import SkipBudget
-from nanguard.diagnosis import Diagnosis, MicroBatch, Parts, Rerun
-from nanguard.examination import Examination, Sources, incident_of
+from nanguard.diagnosis import Diagnosis, MicroBatch, Rerun
+from nanguard.examination import Examination, Provenance, incident_of
 from nanguard.incident import Action, Advice, Incident, Swap, Trigger
 from nanguard.inputs import InputKeeper
 from nanguard.lead_up import LeadUp
@@ -66,7 +66,7 @@ class Guard:
         transaction: saves and restores what a step touches.
         rerun: runs a step again for the diagnosis; without it the diagnosis is limited to inputs and parameters.
         peers: the processes that train together with this one, if there are any.
-        sources: tells which samples of the dataset rows of a batch were made of.
+        provenance: knows how the batches are made of samples of the dataset.
         circumstances: called for a capture, gives what a replay has to know about the run.
     """
 
@@ -78,7 +78,7 @@ class Guard:
         transaction: Transaction | None = None,
         rerun: Rerun | None = None,
         peers: Peers | None = None,
-        sources: Sources | None = None,
+        provenance: Provenance | None = None,
         circumstances: Callable[[], Circumstances | None] | None = None,
         incidents: list[Incident] | None = None,
         swaps: list[Swap] | None = None,
@@ -91,13 +91,14 @@ class Guard:
         self._module = module
         self._transaction = transaction or Transaction(module, moving=MovingParameters(module))
         self._peers = peers
-        self._sources = sources
+        self._provenance = provenance
         self._archive = Archive(policy, module, circumstances)
         self._stabilizer = StepStabilizer(policy.stabilize, self.swaps, self.advice)
         self._inputs = InputKeeper()
         self._observer = Observer(module, policy.watch)
-        self._examine = Examination(policy.diagnosis, module, self._transaction, rerun, self._observer.ends)
+        self._examine = Examination(policy.diagnosis, module, self._transaction, rerun, self._observer.ends, provenance)
         self._window = Window(self._transaction)
+        self._arguments: Sequence[Any] = ()
         self._scaler_streak = 0
         self._budget = SkipBudget(policy.budget)
         self.dropping = False
@@ -128,7 +129,6 @@ class Guard:
         args: Sequence[Any],
         *,
         indices: tuple[int, ...] | None = None,
-        parts: Callable[[Any], Parts | None] | None = None,
         rewind: RngState | None = None,
         optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
@@ -138,26 +138,32 @@ class Guard:
             moment: where in the run it is.
             args: arguments of the training step.
             indices: the samples of the batch as indices into the dataset.
-            parts: gives what makes parts of the batch, as `MicroBatch` takes it.
             rewind: where random number streams go back to if the batch is left out, for loaders that draw while they fetch.
             optimizers: those that may move parameters before `judge` is called for the last time, as LBFGS does.
         """
         if self.dropping:  # the rest of a window that is left out
             return
         self._observer.begin(moment.step, first=not self._window.attempts, optimizers=optimizers)
+        self._arguments = args
         kept = self._inputs.keep(args)
-        micro = MicroBatch(
-            moment.batch_idx, kept, self._transaction.savepoint(), indices, self._stabilizer.needed, parts
-        )
+        micro = MicroBatch(moment.batch_idx, kept, self._transaction.savepoint(), indices, self._stabilizer.needed)
         self._window.attempts.append(Attempt(moment, micro, micro.before, rewind))
         if self.policy.may_continue() or self.policy.stores_weights():
             self._window.follow(list(optimizers))
 
     def starts_here(self) -> None:
         """The step begins only now: what happened since `begin` is undone by a skip, but is no part of the step itself."""
-        if self._window.attempts:
+        if self._window.attempts and not self.dropping:
             attempt = self._window.attempts[-1]
-            attempt.micro = replace(attempt.micro, before=self._transaction.savepoint())
+            args = self._inputs.keep_anew(self._arguments)  # hooks may have written into the batch
+            attempt.micro = replace(attempt.micro, args=args, before=self._transaction.savepoint())
+
+    def starts_again(self) -> None:
+        """The optimizer calls the step once more for the same batch, and may have moved the parameters, as LBFGS does."""
+        self._inputs.learn()
+        self.starts_here()
+        if self._window.attempts:
+            self._window.attempts[-1].moved = True
 
     def stabilizing(self, micro: MicroBatch | None = None) -> AbstractContextManager[Any]:
         """What the forward pass of the present micro-batch runs in, or that of an earlier one which is run again."""
@@ -262,7 +268,7 @@ class Guard:
             details = [f"it began on rank {elsewhere}, which has the batch; this rank was given its gradients", remark]
             moment = replace(moment, rank=elsewhere)
         incident = incident_of(
-            moment, attempt.micro, trigger, found, _DONE[action], details, lead_up, sighting, self._sources
+            moment, attempt.micro, trigger, found, _DONE[action], details, lead_up, sighting, self._provenance
         )
         if elsewhere is None:
             with self._window.before(attempt):
@@ -301,9 +307,10 @@ class Guard:
         """Forgets the window: its step was taken, or left out for good."""
         if not self.dropping and self._window.attempts:
             self._budget.healthy_step()
-            if self._window.incident is None:
+            if self._window.incident is None and not self._scaler_streak:  # what the scaler left out was not well
                 self._examine.was_healthy(self._window.attempts[-1].micro)
         self._observer.end(skipped=self.dropping)
         self._window.close()
+        self._arguments = ()
         self._inputs.learn()
         self.dropping = False

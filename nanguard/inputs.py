@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from nanguard.trees import map_tensors
+from nanguard.values import clone_of
 
 __all__ = ["InputKeeper", "copy_of", "copy_tensor"]
 
 
 def copy_tensor(tensor: Tensor) -> Tensor:
     """A tensor of its own with the same values, strides and need of a gradient, whatever its layout."""
-    strided = tensor.layout is torch.strided and not tensor.is_nested
-    detached = tensor.detach()
-    clone = detached.clone(memory_format=torch.preserve_format) if strided else detached.clone()
-    return clone.requires_grad_(tensor.requires_grad)
+    return clone_of(tensor).requires_grad_(tensor.requires_grad)
 
 
 def copy_of(args: Any) -> Any:
@@ -57,6 +54,11 @@ class InputKeeper:
 
         result: tuple[Any, ...] = map_tensors(kept, tuple(args))
         return result
+
+    def keep_anew(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The same for arguments that were kept too early: what has been written into them since was no step."""
+        self._seen.clear()
+        return self.keep(args)
 
     def learn(self) -> bool:
         """Takes note of what the step has written into; whether anything of it had not been copied."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nanguard.sentinel import norms
+from nanguard.values import clone_of
 
 __all__ = ["MovingParameters", "ParameterSnapshot"]
 
@@ -27,7 +28,7 @@ class ParameterSnapshot:
 
     def __init__(self, parameters: list[Tensor]) -> None:
         with torch.no_grad():
-            self._copies = [(p, p.detach().clone(memory_format=torch.preserve_format)) for p in parameters]
+            self._copies = [(p, clone_of(p)) for p in parameters]
 
     def restore(self) -> None:
         """Puts the values back."""

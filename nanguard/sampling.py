@@ -9,7 +9,6 @@ from typing import Any, final
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset
 
-from nanguard.diagnosis import Parts
 from nanguard.patches import Patches
 from nanguard.provenance import Collation
 
@@ -117,9 +116,9 @@ class SampleRecord:
         """Which of these samples rows of their batch, which has so many, were made of; see `Collation.sources`."""
         return self._collation.sources(indices, rows, size) if self._collation is not None else None
 
-    def parts(self, indices: Sequence[int] | None, batch: Any) -> Parts | None:
-        """What makes parts of the batch of these samples where they cannot be sliced out of it; see `Collation.parts`."""
-        return self._collation.parts(indices, batch) if self._collation is not None and indices is not None else None
+    def parts(self, indices: Sequence[int], batch: Any) -> Callable[[Sequence[int]], Any] | None:
+        """What collates some samples of a batch anew, where its rows cannot be cut; see `Collation.parts`."""
+        return self._collation.parts(indices, batch) if self._collation is not None else None
 
     def close(self) -> None:
         """Gives the loaders their samplers back."""

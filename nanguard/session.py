@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -22,8 +21,10 @@ from nanguard.patches import Patches
 from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sampling import SampleRecord
+from nanguard.through_trainer import undisturbed
 from nanguard.trainer_state import (
     IGNORED,
+    changes_before_step,
     circumstances,
     gives_iterators,
     hold_schedulers,
@@ -85,11 +86,12 @@ class Session:
         self._handles: list[Any] = []
         self._inside = False
         self._judged = False
+        self._called = False
         self._streaming = False
         self._arguments = 0
         self._step_before = 0
         self._warned = False
-        self._own_start = is_users_hook(module, "on_train_batch_start")
+        self._own_start = changes_before_step(trainer, module)
         self.guard = self._make_guard(incidents, swaps, advice)
         self.validation: ValidationLoop | None = None
         if policy.watch.validation:
@@ -108,14 +110,23 @@ class Session:
         # Under DDP each process holds the whole model; where it is sharded, one process cannot run it alone.
         alone = peers is None or type(trainer.strategy).__name__ == "DDPStrategy"
         if alone and module.automatic_optimization:
-            rerun = Rerun(module, transaction, self._step, self._quiet, lambda: trainer.optimizers)
+            rerun = Rerun(
+                module,
+                transaction,
+                self._step,
+                self._quiet,
+                lambda: trainer.optimizers,
+                backward=module.backward if is_users_hook(module, "backward") else None,
+                after_backward=module.on_after_backward if is_users_hook(module, "on_after_backward") else None,
+                aside=lambda: undisturbed(trainer),
+            )
         return Guard(
             self._policy,
             module,
             transaction=transaction,
             rerun=rerun,
             peers=peers,
-            sources=self._samples.sources,
+            provenance=self._samples,
             circumstances=self._circumstances,
             incidents=incidents,
             swaps=swaps,
@@ -148,9 +159,11 @@ class Session:
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
-        if self._own_start:
-            self._own_start = False  # LBFGS runs the step several times
+        if self._called:  # LBFGS runs the step several times
+            self.guard.starts_again()
+        elif self._own_start:
             self.guard.starts_here()
+        self._called = True
         with self._plain_context(), self.guard.stabilizing():
             yield
 
@@ -205,9 +218,9 @@ class Session:
         """Before the training step."""
         self.settle()
         trainer = self._trainer
-        self._judged = False
+        self._judged = self._called = False
         self._step_before = trainer.global_step
-        self._own_start = is_users_hook(self._module, "on_train_batch_start")
+        self._own_start = changes_before_step(trainer, self._module)
         self._streaming = gives_iterators(trainer.fit_loop)
         if not self._handles and not self._module.automatic_optimization:
             self._handles = [o.register_step_pre_hook(self._stepped_past_lightning) for o in trainer.optimizers]
@@ -223,7 +236,6 @@ class Session:
             moment_of(trainer, batch_idx),
             args,
             indices=indices,
-            parts=functools.partial(self._samples.parts, indices),
             rewind=rewind,
             optimizers=trainer.optimizers if self._moves_early() else (),
         )

@@ -18,12 +18,14 @@ from nanguard.archive import Circumstances
 from nanguard.errors import NanGuardError
 from nanguard.patches import Patches
 from nanguard.peers import Peers
+from nanguard.through_trainer import silent
 from nanguard.values import Undo
 from nanguard.window import Moment
 
 __all__ = [
     "IGNORED",
     "autocast",
+    "changes_before_step",
     "circumstances",
     "gives_iterators",
     "hold_schedulers",
@@ -144,10 +146,15 @@ def validation_loader(trainer: Any, number: int) -> Any:
     return loaders.flattened[number] if number < len(loaders.flattened) else None
 
 
-def is_users_hook(module: Any, name: str) -> bool:
-    """Whether the module overrides a hook of LightningModule."""
-    home = getattr(getattr(type(module), name, None), "__module__", "")
-    return not home.startswith(("lightning.", "pytorch_lightning."))
+def is_users_hook(owner: Any, name: str) -> bool:
+    """Whether a module overrides a hook of LightningModule, or a callback one of Callback, in the user's own code."""
+    home = getattr(getattr(type(owner), name, None), "__module__", "")
+    return not home.startswith(("lightning.", "pytorch_lightning.", "nanguard."))
+
+
+def changes_before_step(trainer: Any, module: Any) -> bool:
+    """Whether the user's own code runs after a batch has begun and before its step, and may change the one or the other."""
+    return any(is_users_hook(owner, "on_train_batch_start") for owner in (module, *trainer.callbacks))
 
 
 def peers_of(trainer: Any) -> Peers:
@@ -226,7 +233,7 @@ def quiet(trainer: Any, module: Any, function: str = "training_step") -> Iterato
     loggers, name = trainer.loggers, module._current_fx_name
     for method in ("log", "log_dict", "print"):
         patches.set(module, method, _nothing)
-    trainer.loggers = []
+    trainer.loggers = [silent(logger) for logger in loggers]
     module._current_fx_name = function
     try:
         yield

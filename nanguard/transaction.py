@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from nanguard.moving import MovingParameters, ParameterSnapshot
 from nanguard.rng import RngState
 from nanguard.sentinel import finite_flags
-from nanguard.values import ATOMIC, Undo, is_constant, save_value, write
+from nanguard.values import ATOMIC, Undo, clone_of, is_constant, save_value, write
 
 __all__ = ["OptimizerSnapshot", "Savepoint", "Transaction"]
 
@@ -134,7 +134,7 @@ class Transaction:
         with torch.no_grad():
             known, spare = self._spare.pop() if self._spare else ([], [])
             if known != identities or any(a.shape != b.shape for a, b in zip(spare, live, strict=True)):
-                return [buffer.detach().clone(memory_format=torch.preserve_format) for buffer in live]
+                return [clone_of(buffer) for buffer in live]
             torch._foreach_copy_(spare, live)
             return spare
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["map_tensors", "named_tensors"]
+from nanguard.values import slots_of
+
+__all__ = ["attributes_of", "holds_only_tensors", "map_tensors", "named_tensors"]
 
 _DEEPEST = 32
 
@@ -25,6 +27,15 @@ def named_tensors(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, 
     elif depth < _DEEPEST:
         for step, child in _children(value):
             yield from named_tensors(child, path + step, depth + 1)
+
+
+def holds_only_tensors(value: Any, depth: int = 0) -> bool:
+    """Whether a tree has no leaves but tensors: no numbers, texts or objects."""
+    if isinstance(value, Tensor) or value is None:
+        return True
+    if depth >= _DEEPEST or not (isinstance(value, (dict, UserDict, list, tuple)) or _has_attributes(value)):
+        return False
+    return all(holds_only_tensors(child, depth + 1) for _, child in _children(value))
 
 
 def map_tensors(
@@ -58,8 +69,8 @@ def map_tensors(
             mapped = copy.copy(value)
         except Exception:  # it does not let itself be copied
             return value
-        for name, child in vars(value).items():
-            vars(mapped)[name] = map_tensors(change, child, depth + 1, whole=whole)
+        for name, child in attributes_of(value):
+            object.__setattr__(mapped, name, map_tensors(change, child, depth + 1, whole=whole))
         return mapped
     return value
 
@@ -73,15 +84,23 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple)):
         yield from ((f"[{position}]", child) for position, child in enumerate(value))
     elif _has_attributes(value):
-        yield from ((f".{name}", child) for name, child in vars(value).items())
+        yield from ((f".{name}", child) for name, child in attributes_of(value))
+
+
+def attributes_of(value: Any) -> list[tuple[str, Any]]:
+    """What an object holds, in its dictionary or in slots."""
+    slots = [(name, getattr(value, name)) for name in slots_of(type(value)) if hasattr(value, name)]
+    return [*getattr(value, "__dict__", {}).items(), *slots]
 
 
 def _has_attributes(value: Any) -> bool:
     """Whether it is an object whose attributes are worth looking at: a container of somebody's own, not machinery."""
-    if isinstance(value, (type, nn.Module)) or not hasattr(value, "__dict__") or callable(value):
+    if isinstance(value, (type, nn.Module)) or callable(value):
         return False
-    return dataclasses.is_dataclass(value) or isinstance(value, UserDict) or _holds_tensors(vars(value))
+    if not hasattr(value, "__dict__") and not slots_of(type(value)):
+        return False
+    return dataclasses.is_dataclass(value) or isinstance(value, UserDict) or _holds_tensors(value)
 
 
-def _holds_tensors(attributes: dict[str, Any]) -> bool:
-    return any(isinstance(value, (Tensor, dict, list, tuple, UserDict)) for value in attributes.values())
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(child, (Tensor, dict, list, tuple, UserDict)) for _, child in attributes_of(value))

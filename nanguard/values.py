@@ -5,9 +5,11 @@ Putting back happens in place, in the object that held the value, because others
 
 from __future__ import annotations
 
+import argparse
 import collections
 import functools
 import os
+import queue
 import random
 import sys
 import sysconfig
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ATOMIC", "Undo", "is_constant", "save_value", "write"]
+__all__ = ["ATOMIC", "Undo", "clone_of", "is_constant", "is_users", "save_value", "slots_of", "write"]
 
 Undo = Callable[[], None]
 
@@ -35,6 +37,11 @@ _LONGEST = 1024
 _DEEPEST = 6
 # Larger arrays (in bytes) that are no buffers are data, not state: to copy them before each step would cost more than the step.
 _LARGEST = 16 * 2**20
+# Classes of the standard library that hold what a user puts into them.
+_CONTAINERS = (
+    *(types.SimpleNamespace, argparse.Namespace, queue.Queue),
+    *(collections.UserDict, collections.UserList),
+)
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
@@ -91,18 +98,37 @@ def _save_all(values: Any, undos: list[Undo], seen: set[int], depth: int) -> Non
 
 
 def _save_tensor(tensor: Tensor) -> Undo:
-    if tensor.numel() * tensor.element_size() > _LARGEST:
+    if tensor.is_meta or tensor.numel() * tensor.element_size() > _LARGEST:
         return lambda: None
-    copy = tensor.detach().clone(memory_format=torch.preserve_format)
+    copy = clone_of(tensor)
     version = None if tensor.is_inference() else tensor._version
 
     def undo() -> None:
         # Untouched tensors are left alone, because a write would invalidate graphs that saved them; fused optimizers write
         # without counting a version.
-        if version is None or tensor._version != version or not torch.equal(tensor, copy):
+        if version is None or tensor._version != version or not _equal(tensor, copy):
             write(tensor, copy)
 
     return undo
+
+
+def clone_of(tensor: Tensor) -> Tensor:
+    """A copy of a tensor with the same strides, whatever its layout."""
+    detached = tensor.detach()
+    if _is_strided(tensor):
+        return detached.clone(memory_format=torch.preserve_format)
+    return detached.clone()
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _equal(tensor: Tensor, copy: Tensor) -> bool:
+    """Whether two tensors hold the same, also where that is NaN. Of those that cannot be compared the versions have to do."""
+    if not _is_strided(tensor) or tensor.is_quantized:
+        return True
+    return torch.equal(tensor, copy) or bool(((tensor == copy) | ((tensor != tensor) & (copy != copy))).all())
 
 
 def write(tensor: Tensor, copy: Tensor) -> None:
@@ -164,26 +190,63 @@ def _save_object(value: Any, undos: list[Undo], seen: set[int], depth: int) -> N
         undos.append(lambda: value.setstate(numbers))
     elif type(value).__module__.startswith("numpy"):
         _save_numpy(value, undos)
-    elif _is_users(type(value)):  # type: ignore[arg-type]
+    elif isinstance(value, bytearray):
+        characters = bytes(value)
+        undos.append(lambda: value.__setitem__(slice(None), characters))
+    elif isinstance(value, _CONTAINERS) or is_users(type(value)):
         own = getattr(value, "__dict__", None)
         if isinstance(own, dict) and len(own) <= _LONGEST:
             undos.append(_save_mapping(own))
             _save_all(own.values(), undos, seen, depth)
+        if names := slots_of(type(value)):
+            undos.append(_save_slots(value, names))
+            _save_all([getattr(value, name) for name in names if hasattr(value, name)], undos, seen, depth)
+
+
+def _save_slots(value: Any, names: tuple[str, ...]) -> Undo:
+    held = {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+    def undo() -> None:
+        for name in names:
+            if name in held:
+                object.__setattr__(value, name, held[name])
+            elif hasattr(value, name):
+                object.__delattr__(value, name)
+
+    return undo
+
+
+def slots_of(kind: type) -> tuple[str, ...]:
+    """The names of what objects of a class hold outside a dictionary."""
+    return _slots_of(kind)
+
+
+@functools.cache
+def _slots_of(kind: Any) -> tuple[str, ...]:
+    found: list[str] = []
+    for base in kind.__mro__:
+        names = base.__dict__.get("__slots__", ())
+        found.extend(entry for entry in ((names,) if isinstance(names, str) else names) if not entry.startswith("__"))
+    return tuple(found)
 
 
 def _set_generator(generator: torch.Generator, state: Tensor) -> None:
     generator.set_state(state)
 
 
-@functools.cache
-def _is_users(kind: Any) -> bool:
-    """Whether a class stands in the user's own source.
+def is_users(kind: Any) -> bool:
+    """Whether a class or function stands in the user's own source.
 
     Objects of installed libraries (trainers, loggers with threads, tokenizers) are machinery: to put them back would
     break them.
     """
-    source = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    if kind.__module__ == "__main__":
+    return _is_users_module(kind.__module__ or "")
+
+
+@functools.cache
+def _is_users_module(name: str) -> bool:
+    source = getattr(sys.modules.get(name), "__file__", None)
+    if name == "__main__":
         return True
     return source is not None and not os.path.abspath(source).startswith(_INSTALLED)
 

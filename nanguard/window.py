@@ -42,6 +42,7 @@ class Attempt:
         rewind: where random number streams go back to, if not to the beginning of the step.
         loss: the loss, of any shape and dtype.
         norms: of the gradients after it, as `nanguard.sentinel.norms` gives them, where more micro-batches follow.
+        moved: whether the optimizer had moved the parameters already when the step was called for the last time.
     """
 
     moment: Moment
@@ -50,6 +51,7 @@ class Attempt:
     rewind: RngState | None = None
     loss: Tensor | None = None
     norms: Tensor | None = None
+    moved: bool = False
 
 
 @final
@@ -100,11 +102,12 @@ class Window:
     def before(self, attempt: Attempt) -> Iterator[None]:
         """All is as it was before that micro-batch inside, and afterwards as it is now."""
         after = self._transaction.savepoint()
-        moved = OptimizerSnapshot(self._moved.optimizers) if self._moved is not None else None
+        moves = None if attempt.moved else self._moved
+        moved = OptimizerSnapshot(moves.optimizers) if moves is not None else None
         try:
             attempt.micro.before.restore()
-            if self._moved is not None:
-                self._moved.restore()
+            if moves is not None:
+                moves.restore()
             yield
         finally:
             if moved is not None:

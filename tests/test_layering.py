@@ -27,6 +27,8 @@ ROOMS = [
         "patches",
         "rng",
         "values",
+        "surroundings",
+        "iterators",
         "trees",
         "sentinel",
         "reading",
@@ -55,6 +57,7 @@ ROOMS = [
     *(
         "guard",
         "report",
+        "through_trainer",
         "trainer_state",
         "validating",
         "session",

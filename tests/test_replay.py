@@ -59,6 +59,17 @@ def test_a_failure_is_reproduced(tmp_path: Path) -> None:
     assert "nan when captured" in incident.detail
 
 
+def test_a_step_that_failed_after_lbfgs_had_moved_the_parameters(tmp_path: Path) -> None:
+    from trainers import fit, policy
+    from zoo import BUGS
+
+    bug = BUGS["LeapsWithinTheFirstStep"]
+    guard = policy(tmp_path, "record", capture={"directory": str(tmp_path / "captures")})
+    incident = fit(tmp_path, bug.make, bug.loader(), guard).incidents[0]
+    assert incident.capture is not None
+    assert nanguard.replay(incident.capture, bug.make(), strict=True).reproduced
+
+
 def test_a_path_will_do(tmp_path: Path) -> None:
     path = capture(tmp_path, Net(), a_batch(scale=0.0), 5).path
     assert nanguard.replay(str(path), Net()).reproduced

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanguard.diagnosis.batches import replaced
+from nanguard.diagnosis.cutting import cut_of
 from nanguard.diagnosis.samples import SampleSearch, batch_size, failing_samples, take
 
 
@@ -70,12 +70,19 @@ Point = collections.namedtuple("Point", "x y")
         ({"a": torch.zeros(4), "b": {"c": torch.zeros(4, 1, 1)}, "scale": torch.tensor(1.0)}, 4),
         (Point(torch.zeros(3), torch.zeros(3, 5)), 3),
         ((torch.zeros(4), torch.zeros(3)), None),
+        (((torch.zeros(3, 5),) * 4, ({"boxes": torch.zeros(2, 4)},) * 4), 4),
         ([], None),
         ("text", None),
     ],
 )
 def test_batch_size(batch, size):
     assert batch_size(batch) == size
+
+
+def test_several_rows_for_each_sample_are_told_from_the_second_dimension():
+    assert batch_size([torch.zeros(8, 4), torch.zeros(8)], 4) == 8
+    assert batch_size([torch.zeros(8, 4, 2), torch.zeros(4)], 4) == 4
+    assert batch_size(torch.zeros(7, 4), 4) == 4
 
 
 def test_take_keeps_structure_and_what_is_no_sample():
@@ -150,4 +157,6 @@ def test_two_views_are_no_two_samples():
 
 
 def test_samples_that_are_replaced_keep_their_places():
-    assert replaced(torch.arange(5), [1, 3], 0, 5).tolist() == [0, 1, 0, 3, 0]
+    cut = cut_of(torch.arange(5), None)
+    assert cut is not None
+    assert cut.replaced([1, 3], 0).tolist() == [0, 1, 0, 3, 0]

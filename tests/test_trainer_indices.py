@@ -22,6 +22,7 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     WeightedRandomSampler,
+    default_collate,
 )
 from trainers import fit, policy
 
@@ -252,6 +253,19 @@ def test_sentences_in_a_list_some_as_long_as_the_batch(tmp_path: Path) -> None:
     guard = policy(tmp_path, capture={"enabled": False}, budget={"consecutive": 50})
     run = fit(tmp_path, Listener, loader, guard)
     assert {index for incident in run.incidents for index in incident.dataset_indices or (None,)} == BAD
+
+
+def _without_every_third(samples: list[dict[str, Tensor]]) -> Any:
+    return default_collate([sample["x"] for sample in samples if sample["place"] % 3])
+
+
+def test_samples_that_a_collate_function_leaves_out(tmp_path: Path) -> None:
+    class Placed(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            return {"x": super().__getitem__(index), "place": index}
+
+    indices = found(tmp_path, DataLoader(Placed(), batch_size=5, shuffle=True, collate_fn=_without_every_third))
+    assert {index for entry in indices for index in entry} == {index for index in BAD if index % 3}
 
 
 def test_rows_that_are_mixed_of_several_samples_are_none_of_them(tmp_path: Path) -> None:

@@ -56,6 +56,25 @@ def test_too_many_skips_in_a_row_are_an_incident(tmp_path: Path) -> None:
     assert caught.value.incident.batch_idx == 19
 
 
+def test_a_batch_that_the_scaler_left_out_was_not_well(tmp_path: Path) -> None:
+    class Distances(Net):
+        """The distance between two things that are the same for one sample of each batch, after the first."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            x = batch[0].flatten(1).float()
+            other = x.flip(1) + 1
+            if batch_idx:
+                other[2] = x[2]
+            with torch.autocast("cpu", enabled=False):
+                distance = (x - other).mul(self.head.weight.mean()).square().sum(1).sqrt()
+            return super().training_step(batch, batch_idx) + distance.mean()
+
+    guard = policy(tmp_path, "record", scaler={"max_consecutive_skips": 3})
+    incident = scaled(tmp_path, rows(8), guard, make=Distances).incidents[0]
+    assert incident.origin is not None
+    assert (incident.trigger, incident.origin.op, incident.samples) == ("scaler", "aten.sqrt", (2,))
+
+
 @pytest.mark.parametrize("most", [1, 3])
 def test_the_policy_says_how_many(tmp_path: Path, most: int) -> None:
     guard = policy(tmp_path, "raise", scaler={"max_consecutive_skips": most})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import queue
 import random
+import types
 
 import numpy as np
 import pytest
@@ -211,6 +213,46 @@ def test_objects_of_libraries_are_left_alone():
     undo()
     assert counter["a"] == 2  # a dictionary
     assert machinery.tensors == ()  # an object of torch
+
+
+class Slotted:
+    """A user's own object without a dictionary."""
+
+    __slots__ = ("count", "seen")
+
+    def __init__(self):
+        self.seen = [0]
+
+
+def test_state_in_slots_and_containers_of_the_standard_library():
+    slotted, space, line, text = Slotted(), types.SimpleNamespace(n=1, log=[1]), queue.Queue(), bytearray(b"ab")
+    line.put("first")
+    held = collections.UserDict(a=[1])
+    undo = save_value([slotted, space, line, text, held])
+    for _ in range(2):
+        slotted.count = 3
+        slotted.seen.append(1)
+        space.n, space.more = 2, True
+        space.log.append(2)
+        line.put("second")
+        text.extend(b"c")
+        held["a"].append(2)
+        held["b"] = 3
+        undo()
+        assert not hasattr(slotted, "count")
+        assert (slotted.seen, vars(space)) == ([0], {"n": 1, "log": [1]})
+        assert (list(line.queue), text, dict(held)) == (["first"], b"ab", {"a": [1]})
+
+
+def test_a_tensor_that_holds_a_nan_is_not_written_for_that():
+    tensor = torch.tensor([1.0, float("nan")])
+    undo = save_value([tensor])
+    version = tensor._version
+    undo()
+    assert tensor._version == version
+    tensor.data[0] = 2.0
+    undo()
+    assert tensor[0] == 1.0
 
 
 def test_cycles_end():

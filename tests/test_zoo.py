@@ -103,7 +103,7 @@ def test_advice_for_a_fact_is_reached_with_it_alone(entry: Any) -> None:
 
 
 def test_every_fact_is_one_that_a_recording_may_have() -> None:
-    known = {*TRAITS, "weight", "zero", "minus one", "exponent", "state", "statistics"}
+    known = {*TRAITS, "weight", "zero", "minus one", "exponent", "state", "statistics", "setting"}
     assert {fact for entry in ADVICE for fact in entry.facts} <= known
 
 

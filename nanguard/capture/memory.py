@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanguard.rng import RngState
-from nanguard.values import ATOMIC, save_value
+from nanguard.values import ATOMIC, clone_of, save_value
 
 __all__ = ["ModuleMemory", "kept"]
 
@@ -77,7 +77,7 @@ class ModuleMemory:
 
 
 def _tensor_undo(tensor: Tensor) -> Callable[[], None]:
-    data, copy, flag = tensor.data, tensor.detach().clone(memory_format=torch.preserve_format), tensor.requires_grad
+    data, copy, flag = tensor.data, clone_of(tensor), tensor.requires_grad
 
     def undo() -> None:
         # The block may have given the tensor other memory; others hold views of the first one.

@@ -9,48 +9,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanguard.diagnosis import counterfactuals
 from nanguard.diagnosis.advice import advice
-from nanguard.diagnosis.batches import batch_size, replaced, take
 from nanguard.diagnosis.cause import cause_of, guilty_operand
+from nanguard.diagnosis.cutting import Cut, Parts, cut_of, samples_in
 from nanguard.diagnosis.facts import facts_of, state_facts
-from nanguard.diagnosis.leaves import leaf_path, meant_leaves, named_leaves
+from nanguard.diagnosis.leaves import leaf_path, meant_leaves, named_leaves, state_leaves
 from nanguard.diagnosis.naming import clean_name
-from nanguard.diagnosis.optimizing import optimizer_fault
+from nanguard.diagnosis.optimizing import infinite_setting, optimizer_fault
 from nanguard.diagnosis.recording import Trace
 from nanguard.diagnosis.rerun import MicroBatch, Outcome, Rerun
 from nanguard.diagnosis.samples import SampleSearch
-from nanguard.diagnosis.statistics import describe_tensor
+from nanguard.diagnosis.suspects import Diagnosis, from_outside, suspects
 from nanguard.diagnosis.walk import Finding, blame
-from nanguard.incident import Cause, Origin, Verdict
 from nanguard.inputs import copy_of
-from nanguard.sentinel import nonfinite_names
+from nanguard.trees import holds_only_tensors
 
-__all__ = ["Diagnosis", "diagnose", "suspects"]
+__all__ = ["diagnose"]
 
-_BY_ITSELF = "it optimizes or fetches its data by itself"
-_NOT_RUN_AGAIN = (
-    "The step was not run again, because {}: what is said here comes from the inputs, parameters and buffers{}."
-)
 _EAGER_FINITE = "The step fails again as it is, but not when it is recorded. Suspect compiled code."
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What the autopsy found; the fields are those of an `Incident`."""
-
-    origin: Origin | None = None
-    cause: Cause = "unknown"
-    samples: tuple[int, ...] | None = None
-    verdict: Verdict = "not_replayed"
-    advice: str = ""
 
 
 def diagnose(
@@ -60,6 +45,7 @@ def diagnose(
     healthy: MicroBatch | None = None,
     samples: bool = True,
     counterfactual: bool = True,
+    parts: Parts | None = None,
 ) -> Diagnosis:
     """Runs a failed step again, recorded, and says which operation did it, why, and for which samples.
 
@@ -69,8 +55,13 @@ def diagnose(
         healthy: an earlier call that was well; where it fails now, the weights are the cause and no sample is.
         samples: whether to search for the smallest failing sub-batch.
         counterfactual: whether to run it under other circumstances, too, for evidence.
+        parts: collates some of the samples anew, see `nanguard.diagnosis.cutting`.
     """
-    case = _Case(micro, rerun, healthy)
+    with rerun.aside():
+        return _diagnosed(_Case(micro, rerun, healthy, parts), micro, rerun, samples, counterfactual)
+
+
+def _diagnosed(case: _Case, micro: MicroBatch, rerun: Rerun, samples: bool, counterfactual: bool) -> Diagnosis:
     outcome, finding = case.recorded(copy_of(micro.args))
     if outcome.error is not None:
         buffers = rerun.transaction.buffers(micro.before)
@@ -85,121 +76,91 @@ def diagnose(
     return case.explain(finding, outcome, samples=samples, counterfactual=counterfactual)
 
 
-def suspects(
-    module: nn.Module,
-    args: Sequence[Any],
-    buffers: Mapping[str, Tensor],
-    *,
-    run: bool = False,
-    why: str = _BY_ITSELF,
-    watched: bool = False,
-) -> Diagnosis:
-    """What can be said without a second run: parameters, buffers and inputs that are non-finite themselves.
-
-    Args:
-        module: its parameters are looked at.
-        args: arguments of the training step.
-        buffers: the module's buffers as they were before the step, by name.
-        run: whether the step was run again all the same, to no avail.
-        why: what kept it from being run again.
-        watched: whether hooks on modules have seen the step, too.
-    """
-    notes = () if run else (_NOT_RUN_AGAIN.format(why, ", and from the watched modules" if watched else " alone"),)
-    named = {clean_name(name): tensor for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
-    if weights := nonfinite_names(named.items()):
-        facts = state_facts(module, weights[0])
-        return _outside(Origin(), "parameters", weights[0], named[weights[0]], notes, facts)
-    leaves = dict(named_leaves(args))
-    if inputs := nonfinite_names(leaves.items()):
-        return _outside(Origin(), "bad_input", inputs[0], leaves[inputs[0]], notes)
-    return Diagnosis(advice=advice("unknown", None) if run else " ".join(notes))
-
-
-def _outside(
-    origin: Origin,
-    cause: Cause,
-    name: str,
-    tensor: Tensor,
-    notes: tuple[str, ...] = (),
-    facts: Mapping[str, str] | None = None,
-) -> Diagnosis:
-    origin = replace(origin, tensor=name, operands=(describe_tensor(name, tensor),))
-    return Diagnosis(origin, cause, advice=advice(cause, origin, notes, facts))
-
-
 class _Case:
     """One failed step under examination. Final."""
 
-    def __init__(self, micro: MicroBatch, rerun: Rerun, healthy: MicroBatch | None) -> None:
+    def __init__(self, micro: MicroBatch, rerun: Rerun, healthy: MicroBatch | None, parts: Parts | None) -> None:
         self._micro = micro
         self._rerun = rerun
         self._healthy = healthy
         self._meant = meant_leaves(healthy.args) if healthy is not None else frozenset()
         self._leaves: list[tuple[str, Tensor]] = []
-        self._size = None
-        if micro.args:
-            self._size = batch_size(micro.args[0], len(micro.indices) if micro.indices is not None else None)
+        self._state: list[tuple[str, Tensor]] = []
+        self._parts = parts
 
     def recorded(self, args: Sequence[Any], *, backward: bool = True) -> tuple[Outcome, Finding | None]:
         """Runs the step with these arguments and finds the origin."""
         module = self._rerun.module
         leaves = named_leaves(args)  # now: the step may put other tensors into its batch
         doubtful = [tensor for path, tensor in leaves if path not in self._meant]
-        trace = Trace(module, [tensor for _, tensor in leaves], [*doubtful, *module.parameters(), *module.buffers()])
-        outcome = self._rerun(self._micro, args, trace, backward=backward)
+        weights = [*doubtful, *module.parameters(), *module.buffers()]
+        informed = not all(map(holds_only_tensors, args[:1]))
+        trace = Trace(module, [tensor for _, tensor in leaves], weights, informed=informed)
+        outcome = self._rerun(self._micro, args, trace, backward=backward, within=self._noting)
         self._leaves = leaves
         finding = blame(trace, outcome.blamed) if outcome.fails else None
         return outcome, finding
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Takes note of the module's state when the step begins: the step may replace it."""
+        self._state = state_leaves(self._rerun.module)
+        yield
 
     # -- what it was
 
     def explain(self, finding: Finding, outcome: Outcome, *, samples: bool, counterfactual: bool) -> Diagnosis:
         """The whole diagnosis for an origin."""
-        name = None
+        name, state = None, False
         if finding.external is not None:
-            named = leaf_path(finding.others or (finding.external,), self._leaves, self._rerun.module)
-            if named is not None:
-                name, finding = named[0], replace(finding, external=named[1])
-        found = self._named(finding, name)
+            outside = [*self._state, *self._leaves]
+            place = leaf_path(finding.others or (finding.external,), outside)
+            if place is not None:
+                name, state = outside[place[0]][0], place[0] < len(self._state)
+                finding = replace(finding, external=place[1])
+        found = self._named(finding, name, state=state)
         forward = outcome.forward
         by_weights = self._by_weights(finding, found, forward)
         text = found.advice or advice(found.cause, found.origin, facts=facts_of(finding, by_weights=by_weights))
         notes = self._evidence(found, finding, forward, by_weights) if counterfactual else ()
-        positions = None
+        positions, cut = None, None
         if samples and not by_weights and found.origin is not None and found.origin.phase != "optimizer":
-            positions, remark = self._samples(found, finding, forward)
+            cut = self._cut(found, finding)
+            positions, remark = self._samples(cut, found, finding, forward)
             notes = (*notes, *remark)
         return replace(
             found,
             samples=positions,
             verdict="reproduced",
             advice=" ".join(filter(None, [text, *notes])),
+            collated=cut is not None and cut.collated,
         )
 
-    def _named(self, finding: Finding, name: str | None) -> Diagnosis:
+    def _named(self, finding: Finding, name: str | None, *, state: bool) -> Diagnosis:
         if finding.external is not None and name is not None:
-            if not name.startswith(("batch", "args[")):
+            if state:
+                facts = state_facts(self._rerun.module, name)
                 by_optimizer = self._by_optimizer(name)
-                return by_optimizer or self._state(finding.origin, name, finding.external)
-            return _outside(finding.origin, "bad_input", name, finding.external)
+                return by_optimizer or from_outside(finding.origin, "parameters", name, finding.external, facts=facts)
+            return from_outside(finding.origin, "bad_input", name, finding.external)
         cause = cause_of(finding)
         return Diagnosis(finding.origin, cause)
-
-    def _state(self, origin: Origin, name: str, tensor: Tensor) -> Diagnosis:
-        return _outside(origin, "parameters", name, tensor, facts=state_facts(self._rerun.module, name))
 
     def _by_optimizer(self, name: str) -> Diagnosis | None:
         parameter = {clean_name(key): entry for key, entry in self._rerun.module.named_parameters()}.get(name)
         if parameter is None or self._healthy is None:
             return None
+        optimizers = self._rerun.optimizers()
         try:
-            found = optimizer_fault(self._rerun.module, name, parameter, self._rerun.optimizers())
+            found = optimizer_fault(self._rerun.module, name, parameter, optimizers)
         except Exception:  # an optimizer that cannot be copied
             return None
         if found is None:
             return None
-        cause = cause_of(found)
-        return Diagnosis(found.origin, cause, advice=advice(cause, found.origin))
+        setting = infinite_setting(parameter, optimizers)
+        cause = cause_of(found) if setting is None else "overflow"
+        facts = {} if setting is None else {"setting": setting}
+        return Diagnosis(found.origin, cause, advice=advice(cause, found.origin, facts=facts))
 
     # -- whether the weights are the cause
 
@@ -207,16 +168,29 @@ class _Case:
         if found.origin is not None and found.origin.phase == "optimizer":
             return True
         if self._healthy is not None:
-            return counterfactuals.fails_with(self._healthy, self._micro, self._rerun, backward=not forward)
+            case = (self._healthy, self._micro, self._rerun)
+            if counterfactuals.fails_with(*case, backward=not forward):
+                return True
+            # What only some steps do, any batch may fail at, which says nothing where it depends on the batch what they do.
+            return self._independent(finding, found) and counterfactuals.fails_with(
+                *case, in_its_place=True, backward=not forward
+            )
         if found.cause == "parameters":
             # No batch is known to have been well. A weight that is used whatever the batch is fails with each of them.
             return finding.external is not None and not self._picks(finding)
-        # What an operation was given there does not depend on the batch, so no batch can be well.
+        # No batch can be well, either.
+        return self._independent(finding, found)
+
+    def _independent(self, finding: Finding, found: Diagnosis) -> bool:
+        """Whether what is to blame of an operation's inputs does not depend on the batch."""
         evidence = finding.evidence
         if evidence is None or finding.origin.phase != "forward":
             return False
         operand = guilty_operand(finding, found.cause)
-        return operand in evidence.independent or len(evidence.independent) == len(evidence.guilty) > 0
+        if operand is None and found.cause == "empty_reduction":
+            return False  # nothing at all may well be what a batch has left
+        decisive = range(len(evidence.guilty)) if operand is None else (operand,)
+        return len(decisive) > 0 and set(decisive) <= set(evidence.independent)
 
     def _picks(self, finding: Finding) -> bool:
         return finding.kernel in ("aten.embedding", "aten.index", "aten.index_select", "aten.gather")
@@ -258,14 +232,19 @@ class _Case:
 
     # -- whose fault it is
 
+    def _cut(self, found: Diagnosis, finding: Finding) -> Cut | None:
+        if not self._micro.args:
+            return None
+        path = found.origin.tensor if found.cause == "bad_input" and found.origin is not None else None
+        return cut_of(self._micro.args[0], self._micro.indices, path=path, rows=finding.rows, parts=self._parts)
+
     def _samples(
-        self, found: Diagnosis, finding: Finding, forward: bool
+        self, cut: Cut | None, found: Diagnosis, finding: Finding, forward: bool
     ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-        args, indices = self._micro.args, self._micro.indices
-        part = self._micro.parts(args[0]) if self._micro.parts is not None and args else None
-        size = len(indices) if part is not None and indices is not None else self._size
-        if size is None:
+        args = self._micro.args
+        if cut is None:
             return None, ("The samples are not known: the batch shows no leading dimension that all of it shares.",)
+        size = cut.size
 
         def fails_as(arguments: Sequence[Any]) -> bool | None:
             outcome, again = self.recorded(arguments, backward=not forward)
@@ -274,17 +253,17 @@ class _Case:
             return bool(outcome.fails) and outcome.forward == forward and finding.same_as(again)
 
         def fails(positions: Sequence[int]) -> bool | None:
-            batch = part(positions) if part is not None else take(args[0], positions, size)
-            return fails_as((batch, *copy_of(args[1:])))
+            batch = cut.take(positions)
+            return None if batch is None else fails_as((batch, *copy_of(args[1:])))
 
         guess = _suggested(found, finding, named_leaves(args), size)
         search = SampleSearch(size, fails)
         positions = search.run(guess)
         others = [position for position in range(size) if position not in guess]
-        if len(positions) == size and guess and others and part is None and not search.known_to_fail(others):
+        if len(positions) == size and guess and others and not search.each_alone:
             # Random draws fall otherwise in a smaller batch: keep its size, and fill it up with a sample that is well.
-            as_large = replaced(args[0], guess, others[0], size)
-            if fails_as((as_large, *copy_of(args[1:]))):
+            as_large = cut.replaced(guess, others[0])
+            if as_large is not None and fails_as((as_large, *copy_of(args[1:]))):
                 return tuple(guess), ()
         if not search.complete:
             return positions, (
@@ -300,11 +279,4 @@ def _suggested(found: Diagnosis, finding: Finding, leaves: list[tuple[str, Tenso
         mask = None if tensor is None or tensor.layout is not torch.strided else ~torch.isfinite(tensor)
     else:
         mask = finding.rows
-    if mask is None or mask.ndim == 0:
-        return []
-    for dim in range(min(mask.ndim, 2)):
-        length = mask.shape[dim]
-        if length and length % size == 0 and (dim == 0 or length == size):
-            moved = mask.movedim(dim, 0).reshape(size, -1)
-            return list(moved.any(1).nonzero().flatten().tolist())
-    return []
+    return [] if mask is None else samples_in(mask, size)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nanguard.inputs import copy_tensor
-from nanguard.trees import map_tensors, named_tensors
+from nanguard.trees import attributes_of, map_tensors, named_tensors
 
-__all__ = ["batch_size", "dimension_of", "replaced", "take"]
+__all__ = ["batch_size", "dimension_of", "has_rows", "take"]
 
 
 def batch_size(batch: Any, expected: int | None = None) -> int | None:
@@ -26,10 +26,13 @@ def batch_size(batch: Any, expected: int | None = None) -> int | None:
     if expected is not None and not found:
         found = _lists(batch, None)
     lists: Counter[int] = Counter(map(len, found))
+    for length in lists:  # records in one list, and as many tensors of equal shape in another
+        if expected is None and len(_lists(batch, length)) > len(found):
+            return length
     tensors = [tensor for _, tensor in named_tensors(batch, "")]
     shaped = [tensor for tensor in tensors if tensor.ndim > 0 and not tensor.is_nested]
     sizes = Counter(tensor.shape[0] for tensor in shaped)
-    if expected is not None and (sizes[expected] or lists[expected] or any(expected in t.shape[:2] for t in shaped)):
+    if expected is not None and (sizes[expected] or lists[expected] or _second(shaped, sizes, expected)):
         return expected
     inside = Counter(t.shape[0] for entry in found for _, t in named_tensors(entry, "") if t.ndim)
     sizes = sizes - inside + lists
@@ -37,6 +40,13 @@ def batch_size(batch: Any, expected: int | None = None) -> int | None:
         return None
     (size, votes), *others = sizes.most_common()
     return None if others and others[0][1] == votes else size
+
+
+def _second(tensors: list[Tensor], sizes: Counter[int], expected: int) -> bool:
+    """Whether the samples are the second dimension: not where several tensors hold a number of rows for each sample."""
+    if any(size % expected == 0 and votes > 1 for size, votes in sizes.items() if size):
+        return False
+    return any(expected in tensor.shape[:2] for tensor in tensors)
 
 
 def take(batch: Any, positions: Sequence[int], size: int | None = None) -> Any:
@@ -55,10 +65,12 @@ def take(batch: Any, positions: Sequence[int], size: int | None = None) -> Any:
     return _mapped(batch, size, rows, lambda entries: [entries[position] for position in positions])
 
 
-def replaced(batch: Any, kept: Sequence[int], stand_in: int, size: int) -> Any:
-    """The same batch with all samples but those replaced by one of them, so that random draws fall as they did."""
-    sources = [position if position in set(kept) else stand_in for position in range(size)]
-    return take(batch, sources, size)
+def has_rows(batch: Any, size: int) -> bool:
+    """Whether each tensor of a batch has a row for each sample, or stands in a list that has an entry for each."""
+    listed = [entry for entry in _lists(batch, size) if len(entry) == size]
+    inside = {id(tensor) for entry in listed for _, tensor in named_tensors(entry, "")}
+    tensors = [tensor for _, tensor in named_tensors(batch, "") if tensor.ndim and id(tensor) not in inside]
+    return all(dimension_of(tensor, size) is not None for tensor in tensors)
 
 
 def _mapped(
@@ -97,8 +109,8 @@ def _lists(value: Any, expected: int | None, depth: int = 0) -> list[Any]:
         return [found for child in value for found in _lists(child, expected, depth + 1)]
     if isinstance(value, dict):
         return [found for child in value.values() for found in _lists(child, expected, depth + 1)]
-    if hasattr(value, "__dict__") and not callable(value):
-        return [found for child in vars(value).values() for found in _lists(child, expected, depth + 1)]
+    if not callable(value):
+        return [found for _, child in attributes_of(value) for found in _lists(child, expected, depth + 1)]
     return []
 
 

@@ -19,8 +19,6 @@ def _names(text: str) -> frozenset[str]:
 _LOGS = _names("log log2 log10 special_xlog1py")
 _DIVISIONS = _names("div true_divide reciprocal remainder fmod floor_divide")
 _SOFTMAXES = _names("_softmax _log_softmax _safe_softmax softmax log_softmax")
-_LOSSES = _names("mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy soft_margin_loss multi_margin_loss")
-_AVERAGES = _names("mean nanmean median nanmedian var std var_mean std_mean logsumexp") | _LOSSES
 _SPREADS = _names("var std var_mean std_mean")
 _WEIGHTED = _names("nll_loss_forward nll_loss2d_forward")
 _NORMALISATIONS = _names(
@@ -73,7 +71,7 @@ def _forward(kernel: str, evidence: Evidence, stats: tuple[TensorStats, ...]) ->
     guilty = evidence.guilty
     if evidence.row:
         return "fully_masked"
-    if kernel in _AVERAGES | _WEIGHTED and _of_nothing(kernel, stats):
+    if _of_nothing(kernel, stats):
         return "empty_reduction"
     if kernel in _LOGS:
         return "log_of_zero" if _any(guilty[:1], lambda v: v == 0) else "invalid_domain"
@@ -99,7 +97,9 @@ def _forward(kernel: str, evidence: Evidence, stats: tuple[TensorStats, ...]) ->
     # Infinities that were meant, and then met 0 or each other; without a NaN nothing has met.
     if evidence.meant or _any(guilty, torch.isinf):
         return "invalid_domain" if evidence.nan else "unknown"
-    return "overflow"
+    # A function of one number has a NaN for a result only outside its domain: what overflows is infinite.
+    alone = evidence.pointwise and len(stats) == 1 and len(guilty) == 1
+    return "invalid_domain" if alone and evidence.nan else "overflow"
 
 
 def _division(kernel: str, evidence: Evidence, stats: tuple[TensorStats, ...]) -> Cause:
@@ -145,13 +145,15 @@ def _singular(finding: Finding, evidence: Evidence) -> bool:
 
 
 def _of_nothing(kernel: str, stats: tuple[TensorStats, ...]) -> bool:
-    """Whether a mean had no elements, or a variance one fewer than it needs."""
+    """Whether a mean had no elements, or a variance one fewer than it needs; whatever else has none does not overflow."""
     if kernel in _WEIGHTED:
         return not _infinite(stats[:1])
     if not stats:
         return False
     if 0 in stats[0].shape:
         return True
+    if kernel == "aten.segment_reduce":
+        return stats[-1].zeros > 0 and not _large(stats[0])
     return kernel in _SPREADS and not _large(stats[0])
 
 

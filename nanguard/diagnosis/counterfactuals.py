@@ -26,9 +26,20 @@ def fails_again(micro: MicroBatch, rerun: Rerun) -> bool:
     return bool(rerun(micro, copy_of(micro.args), compiled=True).fails)
 
 
-def fails_with(healthy: MicroBatch, micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -> bool:
-    """Whether a batch that was well an earlier time fails with the present weights, in the place of the one that failed."""
-    return bool(rerun(micro, copy_of((*healthy.args[:1], *micro.args[1:])), backward=backward).fails)
+def fails_with(
+    healthy: MicroBatch, micro: MicroBatch, rerun: Rerun, *, in_its_place: bool = False, backward: bool = True
+) -> bool:
+    """Whether a batch that was well an earlier time fails with the present weights.
+
+    Args:
+        healthy: the call with that batch.
+        micro: the call that failed.
+        rerun: runs a step again.
+        in_its_place: whether the step is told that it is the one that failed, by its number.
+        backward: whether to run the backward pass, too.
+    """
+    args = (*healthy.args[:1], *micro.args[1:]) if in_its_place else healthy.args
+    return bool(rerun(micro, copy_of(args), backward=backward).fails)
 
 
 def fails_in_double(micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -> bool | None:

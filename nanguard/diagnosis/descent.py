@@ -27,6 +27,10 @@ _MOST_WEIGHTS = 4
 
 
 _NOWHERE = Descent()
+# What tells a program of the numbers in a tensor: as one of its own, or by the length of the result.
+_READS = frozenset(
+    f"aten.{name}" for name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")
+)
 
 
 @final
@@ -36,16 +40,17 @@ class Descents:
     Args:
         root: module whose parameters and buffers are told apart by name.
         batch: memory that comes from the batch.
+        informed: whether the batch holds numbers itself.
 
     Attributes:
-        informed: whether the program has read a number out of the batch.
+        informed: whether the program has numbers of the batch: given, read out of its tensors, or counts of their elements.
     """
 
-    def __init__(self, root: nn.Module, batch: Iterable[int]) -> None:
+    def __init__(self, root: nn.Module, batch: Iterable[int], *, informed: bool = False) -> None:
         self._known = {storage_of(tensor): _leaf("buffer", name) for name, tensor in root.named_buffers()}
         self._known |= {storage_of(tensor): _leaf("parameter", name) for name, tensor in root.named_parameters()}
         self._known |= {storage: Descent(batch=True) for storage in batch}
-        self.informed = False
+        self.informed = informed
         self._storages: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
 
     def given(self, values: list[Any]) -> Given:
@@ -61,7 +66,7 @@ class Descents:
         sources: list[Source],
     ) -> None:
         """Takes note of what an operation has made of what it was given."""
-        if known.name == "aten._local_scalar_dense":
+        if known.name in _READS or (known.name == "aten.index" and any(t.dtype is torch.bool for t in tensors[1:])):
             self.informed |= any(isinstance(entry, Descent) and entry.batch for entry in given)
         made = [self._identity(tensor) for tensor in results]
         if not (known.view and all(storage in self._known for storage in made)):

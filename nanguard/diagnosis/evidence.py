@@ -153,11 +153,12 @@ def evidence_of(
         meant=meant,
         row=record.row_masked or _normalised(record, guilty),
         independent=tuple(i for i, value in enumerate(record.given) if not _may_depend(value, record.informed)),
+        pointwise=record.pointwise,
     )
 
 
 def _may_depend(value: Descent | float, informed: bool) -> bool:
-    """Whether a value may depend on the batch; numbers and constants may, once the program has read a number out of it."""
+    """Whether a value may depend on the batch; numbers and constants may, once the program has numbers of it."""
     if isinstance(value, float):
         return informed
     return value.batch or (informed and not value.weights)

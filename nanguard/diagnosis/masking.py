@@ -141,8 +141,9 @@ def _node() -> str:
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    """Whether a tensor holds 0 and one other number."""
+    """Whether a tensor holds 0 and one other number up to 1; those of a dropout, which is no mask, are larger."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.numel() < 2:
         return False
-    other = tensor.abs().max() if tensor.dtype is not torch.bool else torch.ones_like(tensor)
-    return bool((tensor == 0).any()) and bool(((tensor == 0) | (tensor == other)).all()) and bool(tensor.any())
+    other = tensor.abs().max() if tensor.dtype is not torch.bool else torch.ones((), device=tensor.device)
+    two = (tensor == 0).any() & ((tensor == 0) | (tensor == other)).all() & (other > 0) & (other <= 1)
+    return bool(two)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from nanguard.diagnosis.rerun import apart
 from nanguard.diagnosis.statistics import is_finite
 from nanguard.diagnosis.walk import Finding, blame
 
-__all__ = ["optimizer_fault"]
+__all__ = ["infinite_setting", "optimizer_fault"]
 
 
 def optimizer_fault(
@@ -34,18 +34,37 @@ def optimizer_fault(
         parameter: holds non-finite values.
         optimizers: those of the run; they are not changed.
     """
+    for optimizer, group in _groups_of(parameter, optimizers):
+        return _again(module, name, parameter, optimizer, group)
+    return None
+
+
+def infinite_setting(parameter: Tensor, optimizers: Iterable[torch.optim.Optimizer]) -> str | None:
+    """A setting that is not finite, or not in the parameter's dtype, as a learning rate that a schedule has spoiled."""
+    largest = torch.finfo(parameter.dtype).max
+    for _, group in _groups_of(parameter, optimizers):
+        for key, value in group.items():
+            number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            if isinstance(number, float) and not abs(number) <= largest:
+                return f"{key} is {number:.3g}"
+    return None
+
+
+def _groups_of(
+    parameter: Tensor, optimizers: Iterable[torch.optim.Optimizer]
+) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any]]]:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if any(entry is parameter for entry in group["params"]):
-                return _again(module, name, parameter, optimizer, group)
-    return None
+                yield optimizer, group
 
 
 def _again(
     module: nn.Module, name: str, parameter: Tensor, optimizer: torch.optim.Optimizer, group: dict[str, Any]
 ) -> Finding | None:
     state = {key: _copied(value) for key, value in optimizer.state.get(parameter, {}).items()}
-    if not state or isinstance(optimizer, torch.optim.LBFGS):
+    # Some optimizers have no state at all; where others of its parameters have some, this one has never been stepped.
+    if (not state and any(optimizer.state.values())) or isinstance(optimizer, torch.optim.LBFGS):
         return None
     if not all(is_finite(value) for value in state.values() if isinstance(value, Tensor)):
         return None

@@ -25,7 +25,7 @@ from nanguard.diagnosis.naming import function_of, module_names, place_here, rec
 from nanguard.diagnosis.operations import JUDGED, ROWS, STATISTICS, Operation, arguments, operation, row_masked
 from nanguard.diagnosis.records import Record, Source, Value, Write, storage_of
 from nanguard.diagnosis.regions import covers, key_of, told_apart
-from nanguard.diagnosis.statistics import nonfinite, plain, readable
+from nanguard.diagnosis.statistics import nonfinite, plain, stored
 
 __all__ = ["Trace"]
 
@@ -42,17 +42,26 @@ class Trace(TorchDispatchMode):
         root: module whose submodules give the operations their place.
         batch: tensors that come from the batch, whose infinities nobody can have meant.
         weights: the same of parameters and buffers.
+        informed: whether the batch holds more than tensors, such as numbers.
     """
 
-    def __init__(self, root: nn.Module, batch: Iterable[Tensor] = (), weights: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        batch: Iterable[Tensor] = (),
+        weights: Iterable[Tensor] = (),
+        *,
+        informed: bool = False,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names = module_names(root)
         self._stack: list[str] = [""]
         self._count = 0
         self._numbered = _sequence_number()
-        from_batch = {storage_of(tensor) for tensor in batch}
-        self._suspects = {*from_batch, *(storage_of(tensor) for tensor in weights)}
-        self._descents = Descents(root, from_batch)
+        self._late = False
+        from_batch = {storage_of(stored(tensor)) for tensor in batch}
+        self._suspects = {*from_batch, *(storage_of(stored(tensor)) for tensor in weights)}
+        self._descents = Descents(root, from_batch, informed=informed)
         self._masked = MaskedGradients()
         self._made: set[int] = set()
         self._seen: set[tuple[Any, ...]] = set()
@@ -75,6 +84,15 @@ class Trace(TorchDispatchMode):
             after.remove()
             del self._stack[1:]
 
+    @contextmanager
+    def users_backward(self) -> Iterator[None]:
+        """What the user's own code does inside the block is done to gradients, and counts as part of the backward pass."""
+        self._late = True
+        try:
+            yield
+        finally:
+            self._late = False
+
     def _place(self, module: nn.Module) -> str:
         return self._names.get(id(module), self._stack[-1])
 
@@ -89,7 +107,7 @@ class Trace(TorchDispatchMode):
         known = operation(func)
         if known.collective:
             raise RuntimeError(f"{known.name}: a collective of all processes cannot be run again by one of them")
-        given = [readable(value) for value in arguments((*args, *kwargs.values()) if kwargs else args)]
+        given = _stored(arguments((*args, *kwargs.values())) if kwargs else arguments(args))
         tensors = [value for value in given if isinstance(value, Tensor)]
         if any(tensor.is_meta for tensor in tensors):  # it is after the shape of a result
             return func(*args, **kwargs)
@@ -102,7 +120,7 @@ class Trace(TorchDispatchMode):
         kept = [value.clone() if overwrites and isinstance(value, Tensor) else value for value in given]
         descents = self._descents.given(given)
         result = func(*args, **kwargs)
-        results = [readable(value) for value in arguments([result]) if isinstance(value, Tensor)]
+        results = [value for value in _stored(arguments([result])) if isinstance(value, Tensor)]
         record = self._record(known)
         record.given, record.informed = descents, self._descents.informed
         self._descents.follow(known, descents, tensors, results, sources)
@@ -118,7 +136,7 @@ class Trace(TorchDispatchMode):
         returned = {id(tensor) for tensor in results}
         written = [_argument(args, kwargs, *place) for place in known.written]
         outputs = results + [
-            value for value in arguments(written) if isinstance(value, Tensor) and id(value) not in returned
+            value for value in _stored(arguments(written)) if isinstance(value, Tensor) and id(value) not in returned
         ]
         bad = [(tensor, mask) for tensor in outputs if (mask := self._judged(tensor)) is not None]
         if bad:
@@ -128,8 +146,10 @@ class Trace(TorchDispatchMode):
     def _record(self, known: Operation) -> Record:
         self._count += 1
         node = torch._C._current_autograd_node()
-        backward = node is not None and not (torch.is_grad_enabled() and recomputing())
         numbers = self._new_numbers()
+        if self._late and node is None:
+            return Record(self._count, known.name, self._stack[-1], place_here(), True, None)
+        backward = node is not None and not (torch.is_grad_enabled() and recomputing())
         if backward:
             sequence = node._sequence_nr()
             home = self.forward.get(sequence)
@@ -266,6 +286,10 @@ class Trace(TorchDispatchMode):
                         if evidence is not None:
                             evidence.zero = True
                             evidence.masked |= more.masked
+
+
+def _stored(values: list[Any]) -> list[Any]:
+    return [stored(value) if isinstance(value, Tensor) else value for value in values]
 
 
 def _argument(args: Any, kwargs: Any, position: int, name: str) -> Any:

@@ -121,7 +121,8 @@ class Evidence:
         masked: whether that 0 came from a mask of the program (`where`, `masked_fill`, an index).
         meant: whether an infinity that was meant met it there.
         row: whether it was given rows of only -inf.
-        independent: positions of the inputs that do not depend on the batch.
+        independent: positions of the inputs that cannot depend on the batch.
+        pointwise: whether each element was made of the same element of the inputs.
     """
 
     new: Tensor
@@ -133,6 +134,7 @@ class Evidence:
     meant: bool = False
     row: bool = False
     independent: tuple[int, ...] = ()
+    pointwise: bool = False
 
 
 @dataclass(eq=False)
@@ -148,7 +150,7 @@ class Record:
         met: of backward operations, what a gradient was that met a value which the forward pass had made non-finite.
         row_masked: whether a row that it reduced held nothing but infinities that were meant.
         given: where each of the tensors comes from that it was given, and the numbers.
-        informed: whether the program had read a number out of the batch before it, as ``item`` does.
+        informed: whether the program had numbers of the batch before it, as ``item`` gives them.
     """
 
     index: int

@@ -14,13 +14,12 @@ from torch.nn.parameter import is_lazy
 from nanguard.diagnosis.ends import Ends
 from nanguard.diagnosis.recording import Trace
 from nanguard.diagnosis.records import Mark
+from nanguard.iterators import untouched
 from nanguard.sentinel import all_finite, finite_flags
+from nanguard.surroundings import unchanged
 from nanguard.transaction import Savepoint, Transaction
 
-__all__ = ["MicroBatch", "Outcome", "Parts", "Rerun", "apart"]
-
-# Makes a batch of the samples at some positions of another.
-Parts = Callable[[Sequence[int]], Any]
+__all__ = ["MicroBatch", "Outcome", "Rerun", "apart"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +32,6 @@ class MicroBatch:
         before: the state before the call.
         indices: the samples as indices into the dataset, where the loader tells.
         stabilized: whether it ran under the stabiliser.
-        parts: gives what makes parts of the batch, where they cannot be sliced out of it, as of several graphs in one.
     """
 
     batch_idx: int
@@ -41,7 +39,6 @@ class MicroBatch:
     before: Savepoint
     indices: tuple[int, ...] | None = None
     stabilized: bool = False
-    parts: Callable[[Any], Parts | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +84,9 @@ class Rerun:
         ends: where other results than loss and gradients have to be good: what the step runs in to show them. It is called
             anew for each run, and gives a function that is called with what the step returned. There is no backward pass then.
         graph: whether autograd is on.
+        backward: how the module runs the backward pass of a loss, where it does that in a way of its own.
+        after_backward: what the module does with its gradients after the backward pass.
+        aside: what all runs of one diagnosis happen in.
     """
 
     module: nn.Module
@@ -96,6 +96,9 @@ class Rerun:
     optimizers: Callable[[], Sequence[torch.optim.Optimizer]] = tuple
     ends: Callable[[Ends], AbstractContextManager[Callable[[Any], None]]] | None = None
     graph: bool = True
+    backward: Callable[[Tensor], Any] | None = None
+    after_backward: Callable[[], Any] | None = None
+    aside: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __call__(
         self,
@@ -121,7 +124,8 @@ class Rerun:
         micro.before.restore()
         arguments = tuple(micro.args if args is None else args)
         try:
-            return self._run(micro, arguments, trace, backward=backward, compiled=compiled, within=within)
+            with unchanged(self.module), untouched(self.module), _spare_gradients(self.module):
+                return self._run(micro, arguments, trace, backward=backward, compiled=compiled, within=within)
         except Exception as error:  # a sub-batch may well be too small for the model
             return Outcome(error=error)
         finally:
@@ -155,7 +159,7 @@ class Rerun:
             gradients: list[Tensor] = []
             # Where the loss is not finite it says all there is to say, and costs a third of the whole.
             if backward and loss.requires_grad and all_finite([loss.detach()]):
-                gradients = self._gradients(loss, parameters)
+                gradients = self._gradients(loss, parameters, trace)
         loss = loss.detach()
         spoiled = micro.before.spoiled_statistics()
         if not spoiled and all_finite([loss, *gradients]):
@@ -177,14 +181,25 @@ class Rerun:
         returned(output)
         return Outcome(output.detach() if isinstance(output, Tensor) else None, marks=tuple(ends.bad))
 
-    def _gradients(self, loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    def _gradients(self, loss: Tensor, parameters: list[Tensor], trace: Trace | None) -> list[Tensor]:
         total = loss if loss.ndim == 0 else loss.sum()
-        if not _reentrant(total):
+        plain = self.backward is None and self.after_backward is None
+        if plain and not _hooked(parameters) and not _reentrant(total):
             found = torch.autograd.grad(total, parameters, allow_unused=True)
             return [gradient for gradient in found if gradient is not None]
-        with _own_gradients(parameters):
-            total.backward()
+        with _own_gradients(parameters), trace.users_backward() if trace is not None else nullcontext():
+            if self.backward is None:
+                total.backward()
+            else:
+                self.backward(total)
+            if self.after_backward is not None:
+                self.after_backward()
             return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _hooked(parameters: list[Tensor]) -> bool:
+    """Whether hooks wait for gradients to be accumulated."""
+    return any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters)
 
 
 def _reentrant(total: Tensor) -> bool:
@@ -211,6 +226,24 @@ def _own_gradients(parameters: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+
+
+@contextmanager
+def _spare_gradients(module: nn.Module) -> Iterator[None]:
+    """Inside the block gradients are copies, which a step may read, clear and add to. What was non-finite in them is 0.
+
+    Those that the step has found the first time are gone; they were finite.
+    """
+    kept = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, gradient in kept:
+        if gradient is not None:
+            strided = gradient.layout is torch.strided
+            parameter.grad = gradient.detach().nan_to_num(0.0, 0.0, 0.0) if strided else torch.zeros_like(gradient)
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
             parameter.grad = gradient
 
 

@@ -76,6 +76,11 @@ class SampleSearch:
             pass
         return tuple(sorted(self.found or self._smallest))
 
+    @property
+    def each_alone(self) -> bool:
+        """Whether every sample of the batch is known to do it by itself."""
+        return all(self._known.get((position,)) for position in range(self._size))
+
     def _confirmed(self, guess: list[int]) -> bool:
         """Whether each suspect does it alone, and nobody else does."""
         if not guess:
@@ -138,10 +143,6 @@ class SampleSearch:
             extra = [position for position in self._healthy_beside(positions) if position not in positions][:padding]
             answer = self._run([*positions, *extra]) if len(extra) == padding else None
         return bool(answer)
-
-    def known_to_fail(self, positions: Sequence[int]) -> bool:
-        """Whether a sub-batch has been tried, and failed."""
-        return bool(self._known.get(tuple(positions)))
 
     def _run(self, positions: Sequence[int]) -> bool | None:
         key = tuple(positions)

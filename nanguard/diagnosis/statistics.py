@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanguard.incident import TensorStats
 
-__all__ = ["describe_tensor", "is_finite", "nonfinite", "plain", "readable"]
+__all__ = ["describe_tensor", "is_finite", "nonfinite", "plain", "stored"]
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _HALF = frozenset((torch.float16, torch.bfloat16))
 
 
@@ -20,17 +20,22 @@ def plain(tensor: Tensor) -> bool:
     return (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout is torch.strided
 
 
-def readable(value: Any) -> Any:
-    """Zeros without memory, which torch makes in second derivatives, as a tensor that can be read; all else as it is."""
-    if not isinstance(value, Tensor) or not value._is_zerotensor():
-        return value
-    return torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
+def stored(tensor: Tensor) -> Tensor:
+    """The tensor that holds the elements: of a sparse one, that of its values; of zeros without memory, which torch makes in
+    second derivatives, one that can be read.
+    """
+    if tensor.layout is torch.sparse_coo:
+        return tensor._values()
+    if tensor.layout in _COMPRESSED:
+        return tensor.values()
+    if tensor._is_zerotensor():
+        return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    return tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all elements are finite; tensors that are not `plain` count as finite, sparse ones are judged by their values."""
-    if tensor.layout is torch.sparse_coo:
-        tensor = tensor._values()
+    tensor = stored(tensor)
     if not plain(tensor) or tensor.is_nested:
         return True
     return nonfinite(tensor) is None

@@ -23,7 +23,7 @@ from nanguard.diagnosis.reach import needed
 from nanguard.diagnosis.recording import Trace
 from nanguard.diagnosis.records import Descent, Evidence, Mark, Place, Record, Source, Write, storage_of
 from nanguard.diagnosis.regions import carried_over
-from nanguard.diagnosis.statistics import describe_tensor, nonfinite, plain
+from nanguard.diagnosis.statistics import describe_tensor, nonfinite, plain, stored
 from nanguard.incident import Origin
 
 __all__ = ["Finding", "blame"]
@@ -101,8 +101,7 @@ def blame(trace: Trace, bad: Sequence[Tensor | Mark]) -> Finding | None:
 
 
 def _mark(trace: Trace, tensor: Tensor) -> Mark:
-    if tensor.layout is torch.sparse_coo:
-        tensor = tensor._values()
+    tensor = stored(tensor)
     mask = nonfinite(tensor) if plain(tensor) and not tensor.is_nested else None
     return Mark(tensor, mask, trace.bad.get(storage_of(tensor), []))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, default_collate
 
-from zoo.base import Small, Whole, bug, rows
+from zoo.base import SIZE, Small, Whole, bug, rows
 
 ALL = tuple(range(8))
 
@@ -262,3 +263,54 @@ class CountAsANumber(Whole):
         x, y = batch
         positives = int((y > 0).sum())
         return (self.body(x).square().sum(1) * (y > 0)).sum() / positives  # <- here
+
+
+@bug("aten.div", "division_by_zero", samples=tuple(range(8)), batch_idx=0, count=None, data=lambda: rows((), 2))
+class CountedInPython(Small):
+    """The divisor is a number that was read from the batch: not even in the first step are the weights to blame."""
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        found = (x[:, 0] > 100).sum().item()
+        return F.cross_entropy(self.body(x), y, reduction="sum") / found  # <- here
+
+
+def _counted(samples):
+    x, y, _ = default_collate(samples)
+    return {"x": x, "y": y, "count": int((x[:, 0] > 100).sum())}
+
+
+@bug(
+    "aten.div",
+    "division_by_zero",
+    samples=tuple(range(8)),
+    batch_idx=0,
+    count=None,
+    data=lambda: DataLoader(rows((), 2), batch_size=SIZE, collate_fn=_counted),
+)
+class CountInTheBatch(Whole):
+    """The divisor is a number of the batch, and was never a tensor of it."""
+
+    def loss_of(self, batch):
+        return F.cross_entropy(self.body(batch["x"]), batch["y"], reduction="sum") / batch["count"]  # <- here
+
+
+@bug("aten.pow", "division_by_zero")
+class NormalisedSparseGraph(Small):
+    """What is not finite goes on as the values of a sparse matrix."""
+
+    def loss(self, h, y, s):
+        edges = torch.arange(len(h)).expand(2, -1)
+        weights = s[:, 0].pow(-0.5)  # <- here
+        graph = torch.sparse_coo_tensor(edges, weights, (len(h), len(h)))
+        return torch.sparse.mm(graph, h).square().mean()
+
+
+@bug("aten.div", "division_by_zero", samples=tuple(range(8)), data=_no_positives, batch_idx=0, count=None)
+class LengthOfASelection(Whole):
+    """How many there are is known from the shape of what was chosen."""
+
+    def loss_of(self, batch):
+        x, y = batch
+        positives = x[y > 0]
+        return self.body(x).square().sum() / len(positives)  # <- here

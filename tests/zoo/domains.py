@@ -228,3 +228,9 @@ class SingularMatrix(Small):
 class QuantileOfZero(Small):
     def loss(self, h, y, s):
         return torch.special.ndtri(h.sigmoid() * s).mean()  # <- here
+
+
+@bug("aten.special_bessel_y0", "invalid_domain")
+class BesselOfNegativeNumbers(Small):
+    def loss(self, h, y, s):
+        return (h * torch.special.bessel_y0(2 * s - 1)).mean()  # <- here

@@ -111,3 +111,11 @@ class NoPairs(Small):
         other = label[:, None] != label[None]
         distance = torch.cdist(h, h)
         return distance[other].mean()  # <- here
+
+
+@bug("aten.binary_cross_entropy_with_logits", "empty_reduction", samples=tuple(range(8)), bad=tuple(range(8)))
+class NoAnchorIsPositive(Small):
+    def loss(self, h, y, s):
+        positive = s[:, 0] > 0
+        target = torch.ones_like(h[positive])
+        return F.binary_cross_entropy_with_logits(h[positive], target) + 0.1 * h.square().mean()  # <- here

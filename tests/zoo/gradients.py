@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zoo.base import Small, bug
+from zoo.base import Small, Whole, bug
 
 PART = {"phase": "backward"}
 
@@ -83,6 +83,15 @@ class HingeThatIsIndexed(Small):
         distance = (h * s).pow(2).sum(1).sqrt()  # <- here
         hinge = F.relu(distance - 1e-3)
         return hinge[torch.arange(len(h))].mean() + torch.where(y > 9, 0.0, hinge).mean()
+
+
+@bug("aten.sqrt", "singular_gradient", **PART)
+class RootThatIsDropped(Small):
+    """What a dropout leaves out this time it keeps the next."""
+
+    def loss(self, h, y, s):
+        length = (h * s).square().sum(1).sqrt()  # <- here
+        return (length * (2 * s[:, 0])).mean()
 
 
 @bug("aten.sqrt", "singular_gradient", **PART)
@@ -264,3 +273,21 @@ class FirstOfSeveralTokens(Small):
     def loss(self, h, y, s):
         tokens = torch.stack([h, 2 * h, 3 * h], 1) * s[:, None]
         return F.cross_entropy(self.norm(tokens)[:, 0], y)
+
+
+@bug("aten.sqrt", "singular_gradient", phase="backward", bad=(2, 5))
+class SparseGradientsThatAreAdded(Whole):
+    """Two look-ups in one table, whose gradients are sparse, and the distance between what is the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(40, 4, sparse=True)
+
+    def loss_of(self, batch):
+        x, y, s = batch
+        other = torch.where(s[:, 0] == 0, y, y + 4)
+        distance = (self.table(y) - self.table(other)).square().sum(1).sqrt()  # <- here
+        return distance.mean() + self.body(x).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)

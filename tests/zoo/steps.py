@@ -207,6 +207,25 @@ class WithLbfgs(Small):
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
 
 
+@bug("aten.exp", "overflow", bad=(), samples=None, batch_idx=0, count=None)
+class LeapsWithinTheFirstStep(Small):
+    """LBFGS calls the step again after it has moved the parameters: what fails is that call, from those parameters."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.body.weight)
+
+    def loss(self, h, y, s):
+        return torch.exp(h.abs() + 1).mean()  # <- here
+
+    def training_step(self, batch, batch_idx):
+        _, y, s = batch
+        return self.loss(self.body(torch.ones(len(y), 4)), y, s)
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=1e4, max_iter=4)
+
+
 @bug(
     None,
     "unknown",

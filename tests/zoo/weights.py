@@ -128,6 +128,99 @@ class AdamWithoutEpsilon(Small):
         return torch.optim.Adam(self.parameters(), lr=0.01, eps=0.0)
 
 
+@bug("aten.native_batch_norm", "parameters", module="batch_norm", tensor="batch_norm.running_var", **ANY)
+class StatisticsWithTheNameOfABatch(Spoiled):
+    def __init__(self):
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(4)
+
+    def on_train_epoch_start(self):
+        self.batch_norm.eval()
+
+    def loss(self, h, y, s):
+        return self.batch_norm(h).square().mean()  # <- here
+
+    def spoil(self):
+        self.batch_norm.running_var[1] = NAN
+
+
+@bug("aten.mul", "parameters", tensor="hidden", **ANY)
+class HiddenStateIsReplaced(Spoiled):
+    """The step puts another tensor in the place of the one that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = torch.ones(4)
+
+    def loss(self, h, y, s):
+        h = h * self.hidden  # <- here
+        self.hidden = h.detach().mean(0)
+        return h.square().mean()
+
+    def spoil(self):
+        self.hidden[0] = NAN
+
+
+@bug("aten.sub", "parameters", tensor='banks["seen"][0]', **ANY)
+class BankInAList(Spoiled):
+    """What an earlier batch has left in a memory bank."""
+
+    def __init__(self):
+        super().__init__()
+        self.banks = {"seen": [torch.zeros(8, 4)]}
+
+    def loss(self, h, y, s):
+        loss = (h - self.banks["seen"][0]).square().mean()  # <- here
+        self.banks["seen"] = [h.detach()]
+        return loss
+
+    def spoil(self):
+        self.banks["seen"][0][3, 2] = NAN
+
+
+@bug("aten.addmm", "parameters", tensor="teachers[0].weight", batch_idx=0, **ANY)
+class TeacherInAList(Small):
+    """A list keeps it from being trained, and from being a submodule."""
+
+    def __init__(self):
+        super().__init__()
+        self.teachers = [nn.Linear(4, 4).requires_grad_(False)]
+        self.teachers[0].weight[0, 0] = NAN
+
+    def training_step(self, batch, batch_idx):
+        x, _, _ = batch
+        target = self.teachers[0](x)  # <- here
+        return F.mse_loss(self.body(x), target)
+
+
+@bug("aten.add", "overflow", phase="optimizer", module="body", tensor="body.weight", batch_idx=2, **ANY)
+class LearningRateBecomesInfinite(Small):
+    """A schedule that divides by zero; the optimizer keeps no state."""
+
+    def loss(self, h, y, s):
+        return F.cross_entropy(h, y)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float("inf") if step else 1.0)
+        return [optimizer], [{"scheduler": warmup, "interval": "step"}]
+
+
+@bug("aten._weight_norm_interface", "division_by_zero", module="body.parametrizations.weight.0", batch_idx=0, **ANY)
+class DirectionOfZeros(Small):
+    """It fails in the first step already: no batch is known that was well, but the weights alone do it."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.body.weight[1] = 0
+        nn.utils.parametrizations.weight_norm(self.body)
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        return F.cross_entropy(self.body(x), y)  # <- here
+
+
 @bug("aten.native_layer_norm", "parameters", module="norm", tensor="norm.weight", **ANY)
 class LayerNormWeight(Spoiled):
     def __init__(self):

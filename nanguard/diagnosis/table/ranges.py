@@ -26,6 +26,13 @@ RANGES: tuple[Entry, ...] = (
     Entry(
         "overflow",
         (),
+        "In the optimizer {setting}, so that its update is not finite. Look at the schedule and at what sets this value.",
+        "optimizer",
+        ("setting",),
+    ),
+    Entry(
+        "overflow",
+        (),
         "Finite inputs of {op} (up to {largest}) gave a result past the largest {dtype}. Normalise the inputs, clip the "
         "gradients, or lower the learning rate.",
     ),
