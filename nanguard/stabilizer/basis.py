@@ -20,26 +20,23 @@ class Basis:
     A reference to the tensor itself, or to a view of it, would keep it alive, and all that is known about it. What the node has
     saved is asked for when it is needed: where it was edited, or a backward pass has let go of it, torch raises as it would for
     the user's code.
-
-    Attributes:
-        divides: whether it is a quotient.
     """
 
-    __slots__ = ("_node", "divides")
+    __slots__ = ("_divides", "_node")
 
     def __init__(self, node: Any, divides: bool) -> None:
         self._node = node
-        self.divides = divides
+        self._divides = divides
 
     def softmax(self) -> Tensor:
         """The softmax, as part of its graph."""
         node = self._node
-        return node._saved_self / node._saved_other if self.divides else node._saved_result  # type: ignore[no-any-return]
+        return node._saved_self / node._saved_other if self._divides else node._saved_result  # type: ignore[no-any-return]
 
     def amax(self, dim: int) -> Tensor:
         """The largest probability of each row."""
         node = self._node
-        if not self.divides:
+        if not self._divides:
             return node._saved_result.detach().amax(dim, keepdim=True)  # type: ignore[no-any-return]
         return node._saved_self.detach().amax(dim, keepdim=True) / node._saved_other.detach()  # type: ignore[no-any-return]
 
@@ -47,7 +44,7 @@ class Basis:
         """The softmax times a number for each row, as memory of its own."""
         node = self._node
         product: Tensor = (
-            node._saved_self * (factor / node._saved_other) if self.divides else node._saved_result * factor
+            node._saved_self * (factor / node._saved_other) if self._divides else node._saved_result * factor
         )
         return product
 
@@ -55,7 +52,7 @@ class Basis:
         """Whether it can be computed, and has the shape and dtype of that tensor."""
         node = self._node
         try:
-            if not self.divides:
+            if not self._divides:
                 saved = node._saved_result
             else:
                 saved, divisor = node._saved_self, node._saved_other

@@ -73,7 +73,7 @@ class Picking:
         result: Tensor = _Picked.apply(x, largest, self._gradient(basis, x, values))  # type: ignore[no-untyped-call]
         return result
 
-    def exactly(self, values: Sequence[Tensor], known: Known, naive: Tensor, small: bool) -> Tensor | None:
+    def exactly(self, values: Sequence[Tensor], known: Known, naive: Tensor) -> Tensor | None:
         """The same where the picked probabilities have all their digits, as a function of them; else `None`.
 
         Derivatives flow through the logits, and through the probabilities only where somebody asks for the derivative there.
@@ -82,13 +82,10 @@ class Picking:
             values: what the outline's numbers stand for.
             known: what is known of the picked probabilities.
             naive: these.
-            small: whether the derivative of `softmax` itself costs no more, as that of a quotient does.
         """
         x = values[self._logits]
         basis = self._found(x, (known,))
-        if basis is None or (small and not basis.divides):
-            return None
-        if x.dtype != naive.dtype or not torch.is_grad_enabled() or not basis.is_there(x):
+        if basis is None or x.dtype != naive.dtype or not torch.is_grad_enabled() or not basis.is_there(x):
             return None
         # The engine cannot be asked about a leaf.
         logits = x.view_as(x) if x.grad_fn is None else x

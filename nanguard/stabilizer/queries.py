@@ -160,7 +160,7 @@ class Queries:
         """The value as written, with a derivative that costs less where that can be had; `None` where it may not stay."""
         picked: Tensor | None = None
         if answer.picking is not None and query.law.name == "log" and self._stay.may_swap(query.parents):
-            picked = answer.picking.exactly(values, query.parents[0], query.subject, answer.may_stay)
+            picked = answer.picking.exactly(values, query.parents[0], query.subject)
         if picked is None and answer.may_stay:
             picked = query.call()
         return picked
