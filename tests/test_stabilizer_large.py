@@ -187,3 +187,21 @@ class TestQuotients:
         value.backward()
         with pytest.raises(RuntimeError, match="second time"):
             value.backward()
+
+
+@pytest.mark.parametrize("edit", [lambda t: t.data.mul_(0.5), lambda t: t.detach().numpy().__imul__(0.5)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_unseen_edits_of_what_a_quotient_was_made_of(edit, which):
+    x = logits("extreme")
+
+    def loss():
+        z = x.clone().requires_grad_()
+        e = (z - z.amax(1, keepdim=True).detach()).exp()
+        total = e.sum(1, keepdim=True)
+        p = e / total
+        edit((e, total)[which])
+        return p[:, 3].log()
+
+    with nanguard.stabilize():
+        guarded = loss()
+    torch.testing.assert_close(guarded, loss())

@@ -65,6 +65,14 @@ class Basis:
             return False
         return bool(saved.shape == like.shape and saved.dtype == like.dtype)
 
+    def saved(self) -> tuple[Tensor | None, ...]:
+        """What the node has saved: edits through `.data` or NumPy count no version."""
+        node = self._node
+        try:
+            return (node._saved_self, node._saved_other) if self.divides else (node._saved_result,)
+        except RuntimeError:  # it cannot be had any more
+            return ()
+
 
 def basis_for(softmax: Tensor, dtype: torch.dtype, exact: bool) -> Basis | None:
     """What to keep of a softmax, if that can be had.

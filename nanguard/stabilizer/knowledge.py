@@ -110,7 +110,8 @@ class Known:
     def storages(self) -> frozenset[int | None]:
         """The memory that it depends on. Edits are rare, and most tensors are gone before there is one."""
         if self._storages is None:
-            tensors = (self.tensor(), *self.values)
+            saved = () if self.basis is None else self.basis.saved()
+            tensors = (self.tensor(), *self.values, *saved)
             self._storages = frozenset(storage_key(part) for part in tensors if part is not None)
         return self._storages
 
