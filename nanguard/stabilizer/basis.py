@@ -7,6 +7,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from nanguard.stabilizer import environment
+
 __all__ = ["Basis", "basis_for"]
 
 _DTYPES = (torch.float32, torch.float64)
@@ -83,6 +85,8 @@ def basis_for(softmax: Tensor, dtype: torch.dtype, exact: bool) -> Basis | None:
         exact: whether a quotient, too, has all its digits.
     """
     if softmax.dtype != dtype or dtype not in _DTYPES or torch._C._len_torch_dispatch_stack():
+        return None
+    if environment.has_hooks_of_saved_tensors():
         return None
     kind = type(softmax.grad_fn).__name__
     if kind == _SOFTMAX:

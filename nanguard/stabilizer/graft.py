@@ -92,7 +92,8 @@ def _is_watched() -> bool:
 def _with_strides_of(template: Tensor, tensor: Tensor) -> Tensor:
     order = sorted(range(template.ndim), key=template.stride, reverse=True)
     dense = tensor.permute(order).contiguous()
-    return dense.permute([order.index(dim) for dim in range(template.ndim)])
+    # A view that a function of its own returns could not be edited in place.
+    return dense.permute([order.index(dim) for dim in range(template.ndim)]).clone()
 
 
 def _prepare(ctx: Any, naive: Tensor, node: Any, slope: Derivative | None) -> None:
