@@ -289,3 +289,19 @@ def test_second_derivative_at_an_intermediate():
     (slope,) = torch.autograd.grad(value[1], p, create_graph=True)
     (second,) = torch.autograd.grad(slope[1], p)
     torch.testing.assert_close(second[1], -2 / p[1].detach() ** 2)
+
+
+@pytest.mark.parametrize("weight", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("probability", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2,), ()])
+def test_result_has_the_wider_dtype(weight, probability, shape):
+    z = torch.tensor([-300.0, 1.0], dtype=probability, requires_grad=True)
+
+    def loss():
+        return torch.xlogy(torch.ones(shape).to(weight), torch.softmax(z, 0))
+
+    guarded, swaps = stabilized(loss)
+    assert swaps
+    assert guarded.dtype == loss().dtype
+    (slope,) = torch.autograd.grad(guarded.sum(), z)
+    torch.testing.assert_close(slope, torch.tensor([1.0, -1.0], dtype=probability))

@@ -122,7 +122,7 @@ class Queries:
             _REPLIES.put(key, None)
             return None
         rule, term = found
-        dtype = naive.dtype if in_place else environment.result_dtype(naive.device, naive.dtype)
+        dtype = naive.dtype if in_place else _result_dtype(naive, reading.tensors)
         answer, values = answer_by(rule, term, dtype)
         answer.watched = floored is not None or self._advisor.watches(law, term)
         answer.as_written = law.name in _LOGARITHMS and term == written and dtype == naive.dtype and not answer.watched
@@ -205,6 +205,15 @@ class Queries:
         self._report.add(rule, answer.written(values))
         slope = _derivative(loss.elements)
         return loss.whole(grafted(naive, stable, answer.fresh, stable.dtype, slope, loss.elements), dtype)
+
+
+def _result_dtype(naive: Tensor, operands: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that torch answers in: that of what multiplies a logarithm may be wider."""
+    dtype = naive.dtype
+    for operand in operands:
+        if operand is not naive:
+            dtype = torch.promote_types(dtype, torch.result_type(naive, operand))
+    return environment.result_dtype(naive.device, dtype)
 
 
 def _derivative(plain: Function) -> Derivative:
