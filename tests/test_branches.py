@@ -177,3 +177,51 @@ def test_beyond_bounds_the_derivative_is_zero(name, compiled):
     assert [swap.rule for swap in swaps] == ["NG401"]
     assert torch.equal(value, plain)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def _without_derivative(tensor):
+    with torch.no_grad():
+        tensor.mul_(0.5)
+
+
+EDITS = {
+    "in place": lambda tensor: tensor.neg_(),
+    "assignment": lambda tensor: tensor.__setitem__((slice(None), 1), 5.0),
+    "through a view": lambda tensor: tensor[1].mul_(2),
+    "under no_grad": _without_derivative,
+    "through .data": lambda tensor: tensor.data.mul_(0.5),
+    "by NumPy": lambda tensor: tensor.detach().numpy().__imul__(0.5),
+    "detached": lambda tensor: tensor.detach_(),
+    "by a function of its own": Reversed.apply,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize(
+    "selected", [lambda x, y: torch.where(x > 0, y, 0.0), lambda x, y: y.nan_to_num(0.0, 0.0, 0.0)]
+)
+def test_edited_branches_stay_as_they_are(edit, selected):
+    def loss(x):
+        y = torch.log(x)
+        EDITS[edit](y)
+        return selected(x, y) + 0 * x
+
+    x = X.clone().requires_grad_()
+    plain = loss(x)
+    (slope,) = torch.autograd.grad(plain.sum(), x)
+    with nanguard.stabilize() as swaps:
+        value, gradient = value_and_gradient(loss, X)
+    assert not swaps
+    assert torch.equal(value, plain)
+    torch.testing.assert_close(gradient, slope, rtol=0, atol=0, equal_nan=True)

@@ -235,3 +235,73 @@ def test_a_mask_in_place_stays_in_place():
         assert result is value
         value.mul_(3)
     assert torch.equal(result, torch.log(torch.tensor([1.0, 8.0])))
+
+
+EDITS = {
+    "mul_": lambda q: q.mul_(0.5),
+    "assignment": lambda q: q.__setitem__(0, 0.25),
+    "clamp_": lambda q: q.clamp_(min=0.3),
+    "copy_": lambda q: q.copy_(q.detach().flip(0)),
+    "exp_": lambda q: q.exp_(),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_that_no_derivative_knows_of(name):
+    z = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+
+    def loss():
+        q = torch.softmax(z, 0) * 1.0
+        with torch.no_grad():
+            EDITS[name](q)
+        return q.log()
+
+    guarded, _ = stabilized(loss)
+    plain = loss()
+    assert torch.equal(guarded, plain)
+    assert torch.equal(*(torch.autograd.grad(value.sum(), z)[0] for value in (guarded, plain)))
+
+
+@pytest.mark.parametrize("asked", [torch.log, torch.log2, torch.log10])
+def test_derivative_at_a_subnormal_probability(asked):
+    # 1 / p overflows, 1e-6 / p does not.
+    z = torch.tensor([0.0, 95.0], requires_grad=True)
+
+    def loss():
+        p = torch.softmax(z, 0)
+        return p, asked(p)
+
+    (p, value), swaps = stabilized(loss)
+    assert swaps
+    (slope,) = torch.autograd.grad(value[0] * 1e-6, p)
+    p, value = loss()
+    assert 0 < p[0] < torch.finfo(p.dtype).tiny
+    (expected,) = torch.autograd.grad(value[0] * 1e-6, p)
+    torch.testing.assert_close(slope, expected)
+
+
+def test_second_derivative_at_an_intermediate():
+    z = torch.tensor([-200.0, 0.0, 1.0], requires_grad=True)
+    with nanguard.stabilize() as swaps:
+        p = torch.softmax(z, 0)
+        value = torch.xlogy(2.0, p)
+    assert swaps
+    (slope,) = torch.autograd.grad(value[1], p, create_graph=True)
+    (second,) = torch.autograd.grad(slope[1], p)
+    torch.testing.assert_close(second[1], -2 / p[1].detach() ** 2)
+
+
+@pytest.mark.parametrize("weight", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("probability", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2,), ()])
+def test_result_has_the_wider_dtype(weight, probability, shape):
+    z = torch.tensor([-300.0, 1.0], dtype=probability, requires_grad=True)
+
+    def loss():
+        return torch.xlogy(torch.ones(shape).to(weight), torch.softmax(z, 0))
+
+    guarded, swaps = stabilized(loss)
+    assert swaps
+    assert guarded.dtype == loss().dtype
+    (slope,) = torch.autograd.grad(guarded.sum(), z)
+    torch.testing.assert_close(slope, torch.tensor([1.0, -1.0], dtype=probability))

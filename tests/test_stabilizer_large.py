@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import nanguard
 from nanguard.stabilizer.picked import LARGE
@@ -187,3 +189,74 @@ class TestQuotients:
         value.backward()
         with pytest.raises(RuntimeError, match="second time"):
             value.backward()
+
+
+@pytest.mark.parametrize("edit", [lambda t: t.data.mul_(0.5), lambda t: t.detach().numpy().__imul__(0.5)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_unseen_edits_of_what_a_quotient_was_made_of(edit, which):
+    x = logits("extreme")
+
+    def loss():
+        z = x.clone().requires_grad_()
+        e = (z - z.amax(1, keepdim=True).detach()).exp()
+        total = e.sum(1, keepdim=True)
+        p = e / total
+        edit((e, total)[which])
+        return p[:, 3].log()
+
+    with nanguard.stabilize():
+        guarded = loss()
+    torch.testing.assert_close(guarded, loss())
+
+
+def _loss_by_hand(z):
+    e = z.exp()
+    return -(e / e.sum(1, keepdim=True))[INDEX, TARGET].log()
+
+
+@pytest.mark.parametrize("numbers", ["mild", "extreme"])
+@pytest.mark.parametrize("loss", [lambda z: -z.softmax(1)[INDEX, TARGET].log(), _loss_by_hand])
+@pytest.mark.parametrize("nested", [False, True])
+def test_under_a_checkpoint(numbers, loss, nested):
+    def region(z):
+        return checkpoint(loss, z * 1.0, use_reentrant=False) if nested else loss(z * 1.0)
+
+    x = logits(numbers).requires_grad_()
+    with nanguard.stabilize() as swaps:
+        value = checkpoint(region, x, use_reentrant=False)
+    assert swaps
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    z = x.detach().double().requires_grad_()
+    expected = F.cross_entropy(z, TARGET, reduction="none")
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slope.double(), torch.autograd.grad(expected.sum(), z)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_what_nodes_save_is_asked_for_once():
+    saved = {}
+
+    def pack(tensor):
+        key = len(saved)
+        saved[key] = tensor.clone()
+        return key
+
+    x = logits("extreme").requires_grad_()
+    with nanguard.stabilize() as swaps:
+        with torch.autograd.graph.saved_tensors_hooks(pack, saved.pop):
+            p = torch.softmax(x, 1)
+        value = p[INDEX, TARGET].log()
+    assert swaps
+    assert torch.autograd.grad(value.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_what_was_replaced_may_be_edited_under_a_dispatch_mode(dim):
+    x = logits("extreme").requires_grad_()
+    with nanguard.stabilize() as swaps, FlopCounterMode(display=False):
+        e = (x - x.amax(dim, keepdim=True).detach()).exp()
+        p = e / e.sum(dim, keepdim=True)
+        value = p.t().log()
+        value.mul_(2)
+        p.mul_(2)
+    assert swaps
+    torch.testing.assert_close(value, 2 * x.log_softmax(dim).t())

@@ -12,13 +12,11 @@ from nanguard.algebra import Rule, Term
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.accuracy import is_picked, is_small
 from nanguard.stabilizer.evaluate import Program, compute_dtype, is_fresh, program
-from nanguard.stabilizer.graft import graft
+from nanguard.stabilizer.graft import Derivative, Function, graft
 from nanguard.stabilizer.outline import filled, outlined
 from nanguard.stabilizer.picked import Picking, picking
 
-__all__ = ["Answer", "Slope", "answer_by", "grafted"]
-
-Slope = Callable[[Tensor], Tensor]
+__all__ = ["Answer", "answer_by", "grafted"]
 
 
 @final
@@ -93,7 +91,7 @@ def answer_by(rule: Rule, term: Term, dtype: torch.dtype) -> tuple[Answer, list[
 
 
 def grafted(
-    naive: Tensor, stable: Tensor, fresh: bool, dtype: torch.dtype, slope: Slope | None, plain: Slope
+    naive: Tensor, stable: Tensor, fresh: bool, dtype: torch.dtype, slope: Derivative | None, plain: Function
 ) -> Tensor:
     """The stable value in the place of the naive one; the arguments are those of `graft`."""
     if environment.in_transform():

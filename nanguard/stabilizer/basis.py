@@ -7,6 +7,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from nanguard.stabilizer import environment
+
 __all__ = ["Basis", "basis_for"]
 
 _DTYPES = (torch.float32, torch.float64)
@@ -62,6 +64,14 @@ class Basis:
             return False
         return bool(saved.shape == like.shape and saved.dtype == like.dtype)
 
+    def saved(self) -> tuple[Tensor | None, ...]:
+        """What the node has saved: edits through `.data` or NumPy count no version."""
+        node = self._node
+        try:
+            return (node._saved_self, node._saved_other) if self.divides else (node._saved_result,)
+        except RuntimeError:  # it cannot be had any more
+            return ()
+
 
 def basis_for(softmax: Tensor, dtype: torch.dtype, exact: bool) -> Basis | None:
     """What to keep of a softmax, if that can be had.
@@ -72,6 +82,8 @@ def basis_for(softmax: Tensor, dtype: torch.dtype, exact: bool) -> Basis | None:
         exact: whether a quotient, too, has all its digits.
     """
     if softmax.dtype != dtype or dtype not in _DTYPES or torch._C._len_torch_dispatch_stack():
+        return None
+    if environment.has_hooks_of_saved_tensors():
         return None
     kind = type(softmax.grad_fn).__name__
     if kind == _SOFTMAX:

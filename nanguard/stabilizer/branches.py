@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanguard.algebra import Law, Spelling
-from nanguard.stabilizer.knowledge import is_plain
+from nanguard.stabilizer.knowledge import is_plain, node_of, storage_key
 
 __all__ = ["BOUNDS", "HARMLESS", "LONGEST", "Branches"]
 
@@ -39,6 +39,7 @@ class _Step:
     Attributes:
         result: the tensor.
         version: its version then.
+        node: its derivative then.
         function: what computed it, or `None` where that is not to be repeated.
         arguments: of the function; in the place of tensors that there is a step of, that step, so that they may die.
         options: the function's arguments by keyword.
@@ -48,12 +49,23 @@ class _Step:
         versions: of the tensors among the arguments.
     """
 
-    __slots__ = ("arguments", "function", "laws", "length", "options", "region", "result", "version", "versions")
+    __slots__ = (
+        "arguments",
+        "function",
+        "laws",
+        "length",
+        "node",
+        "options",
+        "region",
+        "result",
+        "version",
+        "versions",
+    )
 
     def __init__(
         self,
-        result: weakref.ref[Tensor],
-        version: int,
+        reference: weakref.ref[Tensor],
+        result: Tensor,
         function: Callable[..., Any] | None,
         arguments: Sequence[Any],
         options: Mapping[str, Any],
@@ -62,8 +74,9 @@ class _Step:
         region: object,
         versions: list[int],
     ) -> None:
-        self.result = result
-        self.version = version
+        self.result = reference
+        self.version = result._version
+        self.node = node_of(result)
         self.function = function
         self.arguments = arguments
         self.options = options
@@ -71,6 +84,20 @@ class _Step:
         self.laws = laws
         self.region = region
         self.versions = versions
+
+    def gave(self, tensor: Tensor) -> bool:
+        """Whether its result is still as it was computed, in value and derivative."""
+        return tensor._version == self.version and node_of(tensor) == self.node
+
+    def shares(self, storage: int) -> bool:
+        """Whether its result, or anything that it was computed from, lies in that memory."""
+        for entry in (self.result(), *self.arguments):
+            if isinstance(entry, _Step):
+                if entry.shares(storage):
+                    return True
+            elif isinstance(entry, Tensor) and storage_key(entry) == storage:
+                return True
+        return False
 
     def holds(self) -> bool:
         """Whether nothing that it was computed from has been edited since."""
@@ -116,6 +143,13 @@ class Branches:
         if step is not None and step.result() is tensor:  # whatever region it was computed in
             step.function = None
 
+    def edited(self, tensor: Any) -> None:
+        """Forget what shares memory with a tensor about to be edited: `.data` shares memory, but no version counter."""
+        storage = storage_key(tensor) if self._steps and isinstance(tensor, Tensor) else None
+        if storage is not None:
+            for key in [key for key, step in self._steps.items() if step.shares(storage)]:
+                del self._steps[key]
+
     def note(
         self, law: Law, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> None:
@@ -132,7 +166,7 @@ class Branches:
             found = self._find(entry) if id(entry) in steps else None
             if found is not None:
                 known, length, laws = True, length + found.length, laws | found.laws
-                if found.function is not None and found.version == entry._version:
+                if found.function is not None and found.gave(entry):
                     arguments[place] = found
                     continue
             versions.append(entry._version)
@@ -144,7 +178,7 @@ class Branches:
             again, arguments, kwargs, versions = None, [], {}, []
         key = id(result)
         reference = weakref.ref(result, lambda dead: self._drop(key, dead))
-        steps[key] = _Step(reference, result._version, again, arguments, kwargs, length, laws, self.region, versions)
+        steps[key] = _Step(reference, result, again, arguments, kwargs, length, laws, self.region, versions)
 
     def selected(self, law: Law, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The result of a selection with branches that are harmless where not taken; `None` where they are so already."""
@@ -185,10 +219,12 @@ class Branches:
 
     def _anew(self, branch: Any, taken: Tensor) -> Tensor | None:
         step = self._find(branch)
-        if step is None or taken.dtype != torch.bool or not _is_trap(branch, taken, step.laws):
+        if step is None or not step.gave(branch):
+            return None
+        if taken.dtype != torch.bool or not _is_trap(branch, taken, step.laws):
             return None
         computed = self._replayed(step, taken)
-        return computed if computed is not None and computed.shape == branch.shape else None
+        return computed if computed is not None and _agree(computed, branch, taken) else None
 
     def _replayed(self, step: _Step, taken: Tensor) -> Tensor | None:
         if step.function is None or not step.holds():
@@ -221,6 +257,17 @@ class Branches:
         step = self._steps.get(key)
         if step is not None and step.result is dead:
             del self._steps[key]
+
+
+def _agree(computed: Tensor, branch: Tensor, taken: Tensor) -> bool:
+    """Whether what was computed anew is the same where it is taken. NumPy may have written into what it was computed from.
+
+    It cannot on other devices, and nobody waits for them.
+    """
+    if computed.shape != branch.shape or branch.device.type != "cpu":
+        return computed.shape == branch.shape
+    new, old = computed.detach(), branch.detach()
+    return bool(((new == old) | (new.isnan() & old.isnan()) | ~taken).all())
 
 
 def _is_trap(branch: Tensor, taken: Tensor, laws: frozenset[str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["in_transform", "is_surrounded", "is_tracing", "result_dtype"]
+__all__ = ["has_hooks_of_saved_tensors", "in_transform", "is_surrounded", "is_tracing", "result_dtype"]
 
 # Asked in every call that anything is known about.
 _tracing_state = torch._C._get_tracing_state
@@ -12,6 +12,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _differentiates_forward = torch._C._is_fwd_grad_enabled
 _transform = torch._C._functorch.peek_interpreter_stack
 _forward = torch.autograd.forward_ad
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def is_surrounded() -> bool:
@@ -39,6 +40,11 @@ def in_transform() -> bool:
     if _forward._current_level >= 0 and _differentiates_forward():
         return True
     return _transform() is not None
+
+
+def has_hooks_of_saved_tensors() -> bool:
+    """Whether what nodes save goes through hooks: a checkpoint, or one that offloads, may be asked for it only once."""
+    return _top_hooks(True) is not None
 
 
 def result_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

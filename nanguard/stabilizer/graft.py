@@ -11,13 +11,14 @@ from torch import Tensor
 
 from nanguard.stabilizer import environment
 
-__all__ = ["graft", "graft_in_place", "may_be_overwritten"]
+__all__ = ["Derivative", "Function", "graft", "graft_in_place", "may_be_overwritten"]
 
-Derivative = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
+Derivative = Callable[[Tensor, Tensor], Tensor]
 
 
 def graft(
-    naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, slope: Derivative | None, plain: Derivative
+    naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, slope: Derivative | None, plain: Function
 ) -> Tensor:
     """`stable` as a function of the naive tensor that the user's code computed it from.
 
@@ -26,7 +27,7 @@ def graft(
         stable: the value that takes the place of f(naive), of the same shape.
         dtype: of the result.
         fresh: whether `stable` is memory of its own.
-        slope: the derivative f' at `naive`; `None` where f is the identity.
+        slope: the gradient at `naive`, of the gradient of the result and `naive`; `None` where f is the identity.
         plain: f itself; it stands where the stable value is NaN, as where a logit is +inf.
 
     The result is memory of its own, laid out as elementwise functions of `naive` are. Derivatives flow through `stable`, and
@@ -54,7 +55,7 @@ def may_be_overwritten(tensor: Tensor) -> bool:
     return not (tensor.requires_grad and tensor.is_leaf)
 
 
-def _laid_out(naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, plain: Derivative) -> Tensor:
+def _laid_out(naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, plain: Function) -> Tensor:
     if _is_watched():
         result = torch.empty_like(naive, dtype=dtype, requires_grad=False)
         result = _with_strides_of(result, stable.to(dtype, copy=True))
@@ -69,7 +70,7 @@ def _laid_out(naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, pl
     return _without_new_nan(result, naive, plain)
 
 
-def _without_new_nan(result: Tensor, naive: Tensor, plain: Derivative) -> Tensor:
+def _without_new_nan(result: Tensor, naive: Tensor, plain: Function) -> Tensor:
     """The plain value where the stable one is NaN, or infinite although the plain one is not: digits are lost in both."""
     if result.device.type == "cpu":  # elsewhere the question would wait for the device
         if math.isfinite(result.sum().item()):
@@ -91,7 +92,8 @@ def _is_watched() -> bool:
 def _with_strides_of(template: Tensor, tensor: Tensor) -> Tensor:
     order = sorted(range(template.ndim), key=template.stride, reverse=True)
     dense = tensor.permute(order).contiguous()
-    return dense.permute([order.index(dim) for dim in range(template.ndim)])
+    # A view that a function of its own returns could not be edited in place.
+    return dense.permute([order.index(dim) for dim in range(template.ndim)]).clone()
 
 
 def _prepare(ctx: Any, naive: Tensor, node: Any, slope: Derivative | None) -> None:
@@ -112,7 +114,7 @@ def _split(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]
         return grad, None
     (naive,) = ctx.saved_tensors
     with torch._C.DisableTorchFunction():
-        return grad * ctx.slope(naive), None
+        return ctx.slope(grad, naive), None
 
 
 @final
@@ -126,7 +128,7 @@ class _Graft(torch.autograd.Function):
         dtype: torch.dtype,
         fresh: bool,
         slope: Derivative | None,
-        plain: Derivative,
+        plain: Function,
     ) -> Tensor:
         _prepare(ctx, naive, node, slope)
         result = _laid_out(naive, stable, dtype, fresh, plain)

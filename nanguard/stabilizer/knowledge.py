@@ -15,7 +15,7 @@ from nanguard.stabilizer.basis import Basis
 from nanguard.stabilizer.outline import filled
 from nanguard.stabilizer.region import Region
 
-__all__ = ["Knowledge", "Known", "is_plain", "owns_memory"]
+__all__ = ["Knowledge", "Known", "is_plain", "node_of", "owns_memory", "storage_key"]
 
 # Larger terms, and longer histories, are forgotten: an exponential moving average must not keep all that went into it alive.
 LARGEST_TERM = 256
@@ -90,8 +90,7 @@ class Known:
         self.basis: Basis | None = None
         self.version = value._version
         self.requires_grad = value.requires_grad
-        node = value.grad_fn
-        self.node = None if node is None else node._sequence_nr()
+        self.node = node_of(value)
         depth = 0
         for parent in parents:
             depth = max(depth, parent.depth)
@@ -110,7 +109,8 @@ class Known:
     def storages(self) -> frozenset[int | None]:
         """The memory that it depends on. Edits are rare, and most tensors are gone before there is one."""
         if self._storages is None:
-            tensors = (self.tensor(), *self.values)
+            saved = () if self.basis is None else self.basis.saved()
+            tensors = (self.tensor(), *self.values, *saved)
             self._storages = frozenset(storage_key(part) for part in tensors if part is not None)
         return self._storages
 
@@ -276,6 +276,12 @@ def _is_plain(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided:
         return False
     return not (tensor.is_inference() or tensor.is_neg() or tensor.is_meta or tensor.is_nested)
+
+
+def node_of(tensor: Tensor) -> int | None:
+    """Which derivative a tensor has."""
+    node = tensor.grad_fn
+    return None if node is None else node._sequence_nr()
 
 
 def owns_memory(tensor: Tensor) -> bool:

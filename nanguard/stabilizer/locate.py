@@ -156,7 +156,7 @@ def _written_as(value: Tensor) -> str | None:
     node, kind = value.grad_fn, type(value.grad_fn).__name__
     if kind == "NegBackward0":
         return "-{0}"
-    if kind not in ("MulBackward0", "DivBackward0"):
+    if kind not in ("MulBackward0", "DivBackward0") or environment.has_hooks_of_saved_tensors():
         return None
     assert node is not None
     factor = node._saved_other  # type: ignore[attr-defined]

@@ -126,9 +126,10 @@ class StabilizerMode(TorchFunctionMode):
         return self._stay.admits()
 
     def _edited(self, subject: Any) -> None:
-        if len(self._knowledge):
+        if len(self._knowledge) or len(self._branches):
             for entry in entries(subject):
                 self._knowledge.edited(entry)
+                self._branches.edited(entry)
 
     def _lawful(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, final
@@ -15,9 +16,9 @@ from nanguard.algebra.families.epsilon import drop_epsilons
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.accuracy import keeps_digits
 from nanguard.stabilizer.advisor import Advisor
-from nanguard.stabilizer.answers import Answer, Slope, answer_by, grafted
+from nanguard.stabilizer.answers import Answer, answer_by, grafted
 from nanguard.stabilizer.calls import Look
-from nanguard.stabilizer.graft import graft_in_place, may_be_overwritten
+from nanguard.stabilizer.graft import Derivative, Function, graft_in_place, may_be_overwritten
 from nanguard.stabilizer.knowledge import Knowledge, Known
 from nanguard.stabilizer.losses import BinaryCrossEntropy
 from nanguard.stabilizer.memo import UNSEEN, Memo, Reply
@@ -27,12 +28,12 @@ from nanguard.stabilizer.report import Report
 
 __all__ = ["Queries"]
 
-# f'(q) of the queries, where somebody asks for the derivative at q itself.
-_SLOPES: dict[str, Slope] = {
-    "log": torch.reciprocal,
-    "log2": lambda q: 1.4426950408889634 / q,
-    "log10": lambda q: 0.4342944819032518 / q,
-    "log1p": lambda q: 1 / (1 + q),
+# The gradients of the queries, where somebody asks for the derivative at q itself. They divide: 1 / q overflows sooner.
+_SLOPES: dict[str, Derivative] = {
+    "log": torch.div,
+    "log2": lambda grad, q: grad / (q * math.log(2)),
+    "log10": lambda grad, q: grad / (q * math.log(10)),
+    "log1p": lambda grad, q: grad / (q + 1),
 }
 _LOGARITHMS = frozenset({"log", "log2", "log10"})
 _REPLIES = Memo()
@@ -121,7 +122,7 @@ class Queries:
             _REPLIES.put(key, None)
             return None
         rule, term = found
-        dtype = naive.dtype if in_place else environment.result_dtype(naive.device, naive.dtype)
+        dtype = naive.dtype if in_place else _result_dtype(naive, reading.tensors)
         answer, values = answer_by(rule, term, dtype)
         answer.watched = floored is not None or self._advisor.watches(law, term)
         answer.as_written = law.name in _LOGARITHMS and term == written and dtype == naive.dtype and not answer.watched
@@ -206,10 +207,20 @@ class Queries:
         return loss.whole(grafted(naive, stable, answer.fresh, stable.dtype, slope, loss.elements), dtype)
 
 
-def _derivative(plain: Slope) -> Slope:
-    def slope(q: Tensor) -> Tensor:
+def _result_dtype(naive: Tensor, operands: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that torch answers in: that of what multiplies a logarithm may be wider."""
+    dtype = naive.dtype
+    for operand in operands:
+        if operand is not naive:
+            dtype = torch.promote_types(dtype, torch.result_type(naive, operand))
+    return environment.result_dtype(naive.device, dtype)
+
+
+def _derivative(plain: Function) -> Derivative:
+    def slope(grad: Tensor, q: Tensor) -> Tensor:
+        again = torch.is_grad_enabled()
         with torch.enable_grad():
-            point = q.detach().requires_grad_()
-            return torch.autograd.grad(plain(point).sum(), point)[0]
+            point = q.view_as(q) if again else q.detach().requires_grad_()
+            return torch.autograd.grad(plain(point), point, grad, create_graph=again)[0]
 
     return slope

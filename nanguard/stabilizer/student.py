@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
 
+import torch
 from torch import Tensor
 
 from nanguard.algebra import Law, Spelling, Term
@@ -106,6 +107,8 @@ class Student:
                 term = reading.term(law, position, results)
                 if any(part is operand for operand in reading.tensors if not computation.in_place):
                     continue
+                if part.requires_grad and not torch.is_grad_enabled():
+                    continue  # it was edited, and its derivative does not know
                 if term is not None:
                     learnt = self._learn(computation, term, part, law.quotient and not several, advised)
                     result = result if several else learnt
