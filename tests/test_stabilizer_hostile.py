@@ -328,3 +328,16 @@ def test_names_are_not_taken_from_what_torch_does_not_hand_out(scale):
         value = torch.softmax(held[0], 0).log()
     assert swaps
     torch.testing.assert_close(value, torch.log_softmax(held[0], 0))
+
+
+def test_weight_of_a_logarithm_that_is_masked():
+    z = torch.tensor([-torch.inf, 0.0, 1.0])
+
+    def slope():
+        weight = torch.tensor([0.5, 0.0, 2.0], requires_grad=True)
+        value = torch.xlogy(weight, torch.softmax(z, 0))
+        return torch.autograd.grad(value.masked_fill(z.isinf(), 0.0).sum(), weight)[0]
+
+    guarded, swaps = stabilized(slope)
+    assert swaps
+    torch.testing.assert_close(guarded, slope())
