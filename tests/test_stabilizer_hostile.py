@@ -305,3 +305,39 @@ def test_result_has_the_wider_dtype(weight, probability, shape):
     assert guarded.dtype == loss().dtype
     (slope,) = torch.autograd.grad(guarded.sum(), z)
     torch.testing.assert_close(slope, torch.tensor([1.0, -1.0], dtype=probability))
+
+
+def _edited(z, x):
+    scaled = z * x
+    with torch.no_grad():
+        x.add_(1)
+    return scaled
+
+
+def _used_up(z, x):
+    scaled = z * 2.0
+    scaled.sum().backward()
+    return scaled
+
+
+@pytest.mark.parametrize("scale", [_edited, _used_up])
+def test_names_are_not_taken_from_what_torch_does_not_hand_out(scale):
+    z = torch.tensor([-300.0, 0.0, 1.0], requires_grad=True)
+    with nanguard.stabilize() as swaps:
+        held = [scale(z, torch.tensor([1.0, 1.0, 1.0]))]
+        value = torch.softmax(held[0], 0).log()
+    assert swaps
+    torch.testing.assert_close(value, torch.log_softmax(held[0], 0))
+
+
+def test_weight_of_a_logarithm_that_is_masked():
+    z = torch.tensor([-torch.inf, 0.0, 1.0])
+
+    def slope():
+        weight = torch.tensor([0.5, 0.0, 2.0], requires_grad=True)
+        value = torch.xlogy(weight, torch.softmax(z, 0))
+        return torch.autograd.grad(value.masked_fill(z.isinf(), 0.0).sum(), weight)[0]
+
+    guarded, swaps = stabilized(slope)
+    assert swaps
+    torch.testing.assert_close(guarded, slope())

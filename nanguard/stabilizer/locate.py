@@ -159,7 +159,10 @@ def _written_as(value: Tensor) -> str | None:
     if kind not in ("MulBackward0", "DivBackward0") or environment.has_hooks_of_saved_tensors():
         return None
     assert node is not None
-    factor = node._saved_other  # type: ignore[attr-defined]
+    try:
+        factor = node._saved_other  # type: ignore[attr-defined]
+    except RuntimeError:  # it was edited, or a backward pass has let go of it
+        return None
     if factor is None or node.next_functions[0][0] is None or node.next_functions[1][0] is not None:
         return None
     # Numbers that stand in the code have dtypes of their own.
