@@ -21,6 +21,7 @@ from nanguard.patches import Patches
 from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sampling import SampleRecord
+from nanguard.strays import StrayGradients
 from nanguard.through_trainer import undisturbed
 from nanguard.trainer_state import (
     IGNORED,
@@ -101,7 +102,8 @@ class Session:
 
     def _make_guard(self, incidents: list[Incident], swaps: list[Swap], advice: list[Advice]) -> Guard:
         trainer, module = self._trainer, self._module
-        participants = [lambda: save_results(trainer)]
+        strays = StrayGradients(module, lambda: trainer.optimizers)
+        participants = [lambda: save_results(trainer), strays.save]
         if not module.automatic_optimization:
             participants.append(lambda: save_manual(trainer))
         transaction = Transaction(module, ignored=IGNORED, participants=participants, moving=MovingParameters(module))
