@@ -21,6 +21,7 @@ from nanguard.patches import Patches
 from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sampling import SampleRecord
+from nanguard.source import is_users_hook
 from nanguard.strays import StrayGradients
 from nanguard.through_trainer import undisturbed
 from nanguard.trainer_state import (
@@ -29,7 +30,6 @@ from nanguard.trainer_state import (
     circumstances,
     gives_iterators,
     hold_schedulers,
-    is_users_hook,
     loss_of_step,
     moment_of,
     peers_of,
