@@ -56,6 +56,7 @@ class SampleSearch:
         self._test = fails
         self._left = most_runs_for(size) if most_runs is None else most_runs
         self._healthy: list[int] = []
+        self._doubles = True
         self._known: dict[tuple[int, ...], bool | None] = {}
         self._smallest = list(range(size))
         self.found: list[int] = []
@@ -144,8 +145,11 @@ class SampleSearch:
                 break
             extra = [position for position in self._healthy_beside(positions) if position not in positions][:padding]
             answer = self._run([*positions, *extra]) if len(extra) == padding else None
-        if answer is None and len(positions) == 1:
+        if answer is None and len(positions) == 1 and self._doubles:
             answer = self._run([*positions, *positions])
+            if answer is None:  # two are too few as well; that was no use
+                self._doubles = False
+                self._left += 1
         return bool(answer)
 
     def _run(self, positions: Sequence[int]) -> bool | None:
