@@ -116,7 +116,8 @@ class Session:
                 module,
                 transaction,
                 self._step,
-                self._quiet,
+                self._again,
+                lambda: quiet(trainer, module),
                 lambda: trainer.optimizers,
                 backward=module.backward if is_users_hook(module, "backward") else None,
                 after_backward=module.on_after_backward if is_users_hook(module, "on_after_backward") else None,
@@ -170,8 +171,8 @@ class Session:
             yield
 
     @contextmanager
-    def _quiet(self, micro: MicroBatch) -> Iterator[None]:
-        with quiet(self._trainer, self._module), self._plain_context(), self.guard.stabilizing(micro):
+    def _again(self, micro: MicroBatch) -> Iterator[None]:
+        with self._plain_context(), self.guard.stabilizing(micro):
             yield
 
     def _optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:

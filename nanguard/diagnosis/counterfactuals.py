@@ -88,7 +88,7 @@ def fails_in_double(micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -
     """Whether the same step fails in float64, too; `None` where it cannot be run in float64."""
     doubled = replace(rerun, step=_in_double(rerun.module, rerun.step))
     args = map_tensors(_double, copy_of(micro.args))
-    return doubled(micro, args, backward=backward, within=_double_precision).fails
+    return doubled(micro, args, backward=backward, within=_double_precision, throughout=True).fails
 
 
 def narrower_in_double(micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -> str | None:
@@ -96,7 +96,7 @@ def narrower_in_double(micro: MicroBatch, rerun: Rerun, *, backward: bool = True
     trace = Trace(rerun.module)
     doubled = replace(rerun, step=_in_double(rerun.module, rerun.step))
     args = map_tensors(_double, copy_of(micro.args))
-    outcome = doubled(micro, args, trace, backward=backward, within=_double_precision)
+    outcome = doubled(micro, args, trace, backward=backward, within=_double_precision, throughout=True)
     found = blame(trace, outcome.blamed) if outcome.fails else None
     if found is None or found.dtype in (None, torch.float64, torch.complex128):
         return None
@@ -113,6 +113,7 @@ def saving_swaps(micro: MicroBatch, rerun: Rerun, *, backward: bool = True) -> l
         copy_of(micro.args),
         backward=backward,
         within=lambda: stabilize(swaps=swaps, advice=[]),
+        throughout=True,  # written out, the stable form is computed again in its place, too
     )
     return swaps if outcome.fails is False else []
 
