@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,19 @@ def test_the_first_batch_of_a_run_fails_by_some_of_its_samples(
     replayed = nanguard.replay(nanguard.load_capture(incident.capture), Gated(gate))
     assert replayed.reproduced
     assert replayed.incident.samples == samples
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(2, 2), nn.LayerNorm(2)], ids=["linear", "norm"])
+def test_the_logsumexp_of_a_masked_row_that_a_layer_makes_nan(tmp_path: Path, layer: nn.Module) -> None:
+    def pooled(module: Gated, h: Tensor, flag: Tensor) -> Tensor:
+        energy = h.masked_fill(flag, float("-inf")).logsumexp(1, keepdim=True)
+        return module.layer(h + energy)
+
+    class Pooling(Gated):
+        def __init__(self) -> None:
+            super().__init__(pooled)
+            self.layer = copy.deepcopy(layer)
+
+    incident = incident_of(tmp_path, Pooling, 12)
+    assert (incident.cause, incident.samples, incident.origin.module) == ("fully_masked", CULPRITS, "layer")
+    assert "logsumexp is -inf" in incident.advice
