@@ -23,6 +23,7 @@ from pydantic import (
 from nanguard.errors import PolicyError
 from nanguard.incident import Cause, Trigger
 from nanguard.policy_errors import check_keys, describe, pattern_problem
+from nanguard.policy_values import Amount, Count, Folder, Step, Version
 
 __all__ = ["Budget", "Policy", "Rule", "RuleAction", "Watch", "When", "load_policy", "with_overrides"]
 
@@ -60,7 +61,7 @@ class When(_Section):
 
     trigger: tuple[Trigger, ...] | None = None
     cause: tuple[Cause, ...] | None = None
-    steps: tuple[int | None, int | None] | None = None
+    steps: tuple[Step | None, Step | None] | None = None
 
     @field_validator("trigger", "cause", mode="before")
     @classmethod
@@ -108,8 +109,8 @@ class Budget(_Section):
         then: what happens at the next one.
     """
 
-    consecutive: int = Field(default=5, ge=0)
-    total: int = Field(default=100, ge=0)
+    consecutive: Count = 5
+    total: Count = 100
     then: Literal["raise", "stop"] = "raise"
 
 
@@ -178,11 +179,11 @@ class CapturePolicy(_Section):
     """
 
     enabled: StrictBool = True
-    directory: Path = Path("nanguard_captures")
+    directory: Folder = Path("nanguard_captures")
     model: StrictBool = True
     optimizer: StrictBool = False
-    max_count: int = Field(default=20, ge=0)
-    max_gib: float = Field(default=10, ge=0)
+    max_count: Count = 20
+    max_gib: Amount = 10
 
 
 class Scaler(_Section):
@@ -193,8 +194,8 @@ class Scaler(_Section):
         min_scale: the loss scale below which scaling has failed.
     """
 
-    max_consecutive_skips: int = Field(default=20, ge=1)
-    min_scale: float = Field(default=1.0, ge=0)
+    max_consecutive_skips: StrictInt = Field(default=20, ge=1)
+    min_scale: Amount = 1.0
 
 
 class Policy(_Section):
@@ -204,7 +205,7 @@ class Policy(_Section):
         PolicyError: naming each key that cannot be used, its value and what is allowed.
     """
 
-    version: Literal[1] = 1
+    version: Version = 1
     stabilize: Stabilize = Stabilize()
     rules: tuple[Rule, ...] = (Rule(action="raise"),)
     budget: Budget = Budget()

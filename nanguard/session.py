@@ -21,6 +21,8 @@ from nanguard.patches import Patches
 from nanguard.policy import Policy
 from nanguard.rng import RngState
 from nanguard.sampling import SampleRecord
+from nanguard.source import is_users_hook
+from nanguard.strays import StrayGradients
 from nanguard.through_trainer import undisturbed
 from nanguard.trainer_state import (
     IGNORED,
@@ -28,7 +30,6 @@ from nanguard.trainer_state import (
     circumstances,
     gives_iterators,
     hold_schedulers,
-    is_users_hook,
     loss_of_step,
     moment_of,
     peers_of,
@@ -101,7 +102,8 @@ class Session:
 
     def _make_guard(self, incidents: list[Incident], swaps: list[Swap], advice: list[Advice]) -> Guard:
         trainer, module = self._trainer, self._module
-        participants = [lambda: save_results(trainer)]
+        strays = StrayGradients(module, lambda: trainer.optimizers)
+        participants = [lambda: save_results(trainer), strays.save]
         if not module.automatic_optimization:
             participants.append(lambda: save_manual(trainer))
         transaction = Transaction(module, ignored=IGNORED, participants=participants, moving=MovingParameters(module))
@@ -114,7 +116,8 @@ class Session:
                 module,
                 transaction,
                 self._step,
-                self._quiet,
+                self._again,
+                lambda: quiet(trainer, module),
                 lambda: trainer.optimizers,
                 backward=module.backward if is_users_hook(module, "backward") else None,
                 after_backward=module.on_after_backward if is_users_hook(module, "on_after_backward") else None,
@@ -168,8 +171,8 @@ class Session:
             yield
 
     @contextmanager
-    def _quiet(self, micro: MicroBatch) -> Iterator[None]:
-        with quiet(self._trainer, self._module), self._plain_context(), self.guard.stabilizing(micro):
+    def _again(self, micro: MicroBatch) -> Iterator[None]:
+        with self._plain_context(), self.guard.stabilizing(micro):
             yield
 
     def _optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:

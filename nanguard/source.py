@@ -9,8 +9,9 @@ import os
 import sys
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
-__all__ = ["Frame", "is_blamed_file", "is_user_file", "source_line", "user_frame"]
+__all__ = ["Frame", "is_blamed_file", "is_user_file", "is_users_hook", "source_line", "user_frame"]
 
 _LIBRARIES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics")
 
@@ -71,3 +72,9 @@ def _library_folders(names: tuple[str, ...] = _LIBRARIES) -> tuple[str, ...]:
         spec = importlib.util.find_spec(name)
         folders.extend(spec.submodule_search_locations or () if spec else ())
     return tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
+
+
+def is_users_hook(owner: Any, name: str) -> bool:
+    """Whether a module overrides a hook of LightningModule, or a callback one of Callback, in the user's own code."""
+    home = getattr(getattr(type(owner), name, None), "__module__", "")
+    return not home.startswith(("lightning.", "pytorch_lightning.", "nanguard."))

@@ -18,6 +18,7 @@ from nanguard.archive import Circumstances
 from nanguard.errors import NanGuardError
 from nanguard.patches import Patches
 from nanguard.peers import Peers
+from nanguard.source import is_users_hook
 from nanguard.through_trainer import silent
 from nanguard.values import Undo
 from nanguard.window import Moment
@@ -29,7 +30,6 @@ __all__ = [
     "circumstances",
     "gives_iterators",
     "hold_schedulers",
-    "is_users_hook",
     "loss_of_step",
     "moment_of",
     "optimizer_progress",
@@ -144,12 +144,6 @@ def validation_loader(trainer: Any, number: int) -> Any:
     if getattr(loaders, "_mode", "") != "sequential":  # a batch of several loaders at once
         return None
     return loaders.flattened[number] if number < len(loaders.flattened) else None
-
-
-def is_users_hook(owner: Any, name: str) -> bool:
-    """Whether a module overrides a hook of LightningModule, or a callback one of Callback, in the user's own code."""
-    home = getattr(getattr(type(owner), name, None), "__module__", "")
-    return not home.startswith(("lightning.", "pytorch_lightning.", "nanguard."))
 
 
 def changes_before_step(trainer: Any, module: Any) -> bool:

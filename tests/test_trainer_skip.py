@@ -387,3 +387,21 @@ def test_parameters_are_compared_at_all(tmp_path: Path) -> None:
     data = rows(6, [2])
     healthy = rows(6)
     assert differences(fit(tmp_path, Net, healthy).fingerprint(), fit(tmp_path, Net, without(data, [2])).fingerprint())
+
+
+@pytest.mark.parametrize("action", ["skip_step", "record"])
+def test_gradients_that_no_optimizer_sets_to_zero(tmp_path: Path, action: str) -> None:
+    """They grow from step to step, and what a batch that is left out has added to them does not stay."""
+
+    class Partly(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(list(self.parameters())[2:], lr=0.01)
+
+    def strays(run: Run) -> list[Any]:
+        return [parameter.grad for parameter in list(run.model.parameters())[:2]]
+
+    data = rows(6, [0, 3])
+    guarded = fit(tmp_path, Partly, data, policy(tmp_path, action))
+    bare = fit(tmp_path, Partly, without(data, [0, 3]) if action == "skip_step" else data)
+    assert strays(bare)[0] is not None
+    assert differences(dict(enumerate(strays(guarded))), dict(enumerate(strays(bare)))) == []

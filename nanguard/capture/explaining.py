@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from nanguard.capture.running import after_backward_of, users_hook
 from nanguard.capture.showing import around_of
 from nanguard.diagnosis import MicroBatch, Rerun, diagnose
 from nanguard.incident import Incident
@@ -21,7 +22,13 @@ def explained(step: FailedStep, incident: Incident) -> Incident:
     step.rewind()
     transaction = Transaction(step.module)
     micro = MicroBatch(incident.batch_idx, step.args, transaction.savepoint())
-    rerun = Rerun(step.module, transaction, lambda *args: step(*args, **step.kwargs))
+    rerun = Rerun(
+        step.module,
+        transaction,
+        lambda *args: step(*args, **step.kwargs),
+        backward=users_hook(step.module, "backward"),
+        after_backward=after_backward_of(step.capture, step.module),
+    )
     if step.capture.function == "validation_step":
         rerun = replace(rerun, graph=False)
     if incident.trigger == "activations" or not rerun.graph:

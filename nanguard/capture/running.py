@@ -18,9 +18,10 @@ from nanguard.diagnosis import Ends
 from nanguard.errors import CaptureError
 from nanguard.incident import Trigger
 from nanguard.sentinel import all_finite, nonfinite_names
+from nanguard.source import is_users_hook
 from nanguard.watching import loss_in
 
-__all__ = ["FailedStep", "Outcome", "numerics", "run_step"]
+__all__ = ["FailedStep", "Outcome", "after_backward_of", "numerics", "run_step", "users_hook"]
 
 
 @final
@@ -119,7 +120,20 @@ def run_automatic(capture: Capture, module: nn.Module, step: Callable[[], Any]) 
         backward: Any = getattr(module, "backward", torch.Tensor.backward)
         scaled = shared if scale == 1.0 else shared * scale
         backward(scaled) if hasattr(module, "backward") else scaled.backward()
+        after_backward = after_backward_of(capture, module)
+        if after_backward is not None:
+            after_backward()
     return _judged(module, loss.detach(), scale)
+
+
+def users_hook(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """A hook of LightningModule, where the module has one of its own."""
+    return getattr(module, name, None) if is_users_hook(module, name) else None
+
+
+def after_backward_of(capture: Capture, module: nn.Module) -> Callable[[], Any] | None:
+    """What the module does with its gradients once it has them, where they were at fault: it may ask for a whole Trainer."""
+    return users_hook(module, "on_after_backward") if capture.incident.trigger == "gradients" else None
 
 
 def run_manual(capture: Capture, module: nn.Module, step: Callable[[], Any], optimizers: Optimizers) -> Outcome:

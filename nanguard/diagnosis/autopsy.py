@@ -175,11 +175,20 @@ class _Case:
             return self._independent(finding, found) and counterfactuals.fails_with(
                 *case, in_its_place=True, backward=not forward
             )
+        # No batch is known to have been well. A weight that is used whatever the batch is fails with each of them, and so do
+        # values that no batch has made, unless it depends on the sample whether they are used.
         if found.cause == "parameters":
-            # No batch is known to have been well. A weight that is used whatever the batch is fails with each of them.
-            return finding.external is not None and not self._picks(finding)
-        # No batch can be well, either.
-        return self._independent(finding, found)
+            suspected = finding.external is not None and not self._picks(finding)
+        else:
+            suspected = self._independent(finding, found)
+        return suspected and not self._spared(finding, found, forward)
+
+    def _spared(self, finding: Finding, found: Diagnosis, forward: bool) -> bool:
+        cut = self._cut(found, finding)
+        if cut is None:
+            return False
+        suspects = _suggested(found, finding, named_leaves(self._micro.args), cut.size)
+        return counterfactuals.spares_a_part(cut, self._micro, self._rerun, suspects, backward=not forward)
 
     def _independent(self, finding: Finding, found: Diagnosis) -> bool:
         """Whether what is to blame of an operation's inputs does not depend on the batch."""

@@ -17,6 +17,7 @@ __all__ = ["evidence_of", "judged", "reaches"]
 
 Spots = tuple[Tensor, ...]
 _FEW = 256
+_DEEPEST = 8
 _EXTREMES = {("aten.max", "aten.amax"): -math.inf, ("aten.min", "aten.amin"): math.inf}
 
 
@@ -151,7 +152,7 @@ def evidence_of(
         zero=zero,
         masked=by_mask,
         meant=meant,
-        row=record.row_masked or _normalised(record, guilty),
+        row=record.row_masked or _normalised(record, guilty) or (meant and nan_there and _of_masked_rows(record)),
         independent=tuple(i for i, value in enumerate(record.given) if not _may_depend(value, record.informed)),
         pointwise=record.pointwise,
     )
@@ -197,6 +198,18 @@ def _normalised(record: Record, guilty: tuple[Tensor, ...]) -> bool:
             found = [maker for maker in makers if maker.kernel in extremes]
             return any(_is_of(maker, source) for maker in found for source in record.sources)
     return False
+
+
+def _of_masked_rows(record: Record, depth: int = 0) -> bool:
+    """Whether all infinities that an operation was given are what logsumexp makes of rows that are masked altogether."""
+    meant = [source for source in record.sources if source.value.meant is not None]
+    writers = [write.record for source in meant for write in source.writes]
+    if not writers or depth > _DEEPEST:
+        return False
+    return all(
+        (maker.row_masked and maker.kernel == "aten.logsumexp") or _of_masked_rows(maker, depth + 1)
+        for maker in writers
+    )
 
 
 def _makers(source: Source) -> list[Record]:

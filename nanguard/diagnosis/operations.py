@@ -18,10 +18,17 @@ __all__ = [
     "Operation",
     "arguments",
     "broadcast_to",
+    "family",
     "operation",
     "reduced_to",
     "row_masked",
 ]
+
+# One call of torch becomes one or another of these, by the shapes, strides and masks of what it is given.
+_MATRIX_PRODUCTS = frozenset(
+    f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot")
+)
+_ATTENTION = "aten._scaled_dot_product"
 
 # Memory that nobody has written yet may hold anything; it is judged when it has been written.
 EMPTY = frozenset(
@@ -84,6 +91,13 @@ COPIES = frozenset(
     f"aten.{name}" for name in ("clone", "_to_copy", "copy", "contiguous", "_unsafe_view", "_reshape_copy")
 )
 _SAME_SHAPE = frozenset(f"aten.{name}" for name in ("_to_copy", "copy", "clone", "native_dropout", "cumsum_none"))
+
+
+def family(op: str | None) -> str | None:
+    """What an operation is called whatever the size of the batch: which kernel serves it may depend on that."""
+    if op in _MATRIX_PRODUCTS:
+        return "matrix product"
+    return "attention" if op is not None and op.startswith(_ATTENTION) else op
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,8 @@ class Rerun:
         module: whose parameters the gradients are taken of.
         transaction: makes the savepoints that put everything back.
         step: called with the arguments of the training step; returns the loss, or `None`.
-        surroundings: what the step runs in (autocast, stabiliser, no logging), made anew for each run.
+        surroundings: what the step runs in (autocast, stabiliser), made anew for each run. The backward pass is outside.
+        quietly: what the step and its backward pass run in (no logging), made anew for each run.
         optimizers: gives the optimizers that step the module's parameters.
         ends: where other results than loss and gradients have to be good: what the step runs in to show them. It is called
             anew for each run, and gives a function that is called with what the step returned. There is no backward pass then.
@@ -93,6 +94,7 @@ class Rerun:
     transaction: Transaction
     step: Callable[..., Any]
     surroundings: Callable[[MicroBatch], AbstractContextManager[Any]] = nullcontext
+    quietly: Callable[[], AbstractContextManager[Any]] = nullcontext
     optimizers: Callable[[], Sequence[torch.optim.Optimizer]] = tuple
     ends: Callable[[Ends], AbstractContextManager[Callable[[Any], None]]] | None = None
     graph: bool = True
@@ -109,6 +111,7 @@ class Rerun:
         backward: bool = True,
         compiled: bool = False,
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        throughout: bool = False,
     ) -> Outcome:
         """Runs `micro` again.
 
@@ -119,13 +122,14 @@ class Rerun:
             backward: whether to compute the gradients, too.
             compiled: whether compiled code runs compiled; otherwise all runs eagerly.
             within: something more for it to run in, entered last.
+            throughout: whether the backward pass runs in there, too, and so in the surroundings.
         """
         after = self.transaction.savepoint()
         micro.before.restore()
         arguments = tuple(micro.args if args is None else args)
         try:
             with unchanged(self.module), untouched(self.module), _spare_gradients(self.module):
-                return self._run(micro, arguments, trace, backward=backward, compiled=compiled, within=within)
+                return self._run(micro, arguments, trace, backward, compiled, within, throughout)
         except Exception as error:  # a sub-batch may well be too small for the model
             return Outcome(error=error)
         finally:
@@ -137,18 +141,20 @@ class Rerun:
         micro: MicroBatch,
         args: tuple[Any, ...],
         trace: Trace | None,
-        *,
         backward: bool,
         compiled: bool,
         within: Callable[[], AbstractContextManager[Any]],
+        throughout: bool,
     ) -> Outcome:
         parameters: list[Tensor] = [p for p in self.module.parameters() if p.requires_grad and not is_lazy(p)]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.graph))
             if not compiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(self.surroundings(micro))
-            stack.enter_context(within())
+            stack.enter_context(self.quietly())
+            around = stack.enter_context(ExitStack())
+            around.enter_context(self.surroundings(micro))
+            around.enter_context(within())
             if trace is not None:
                 stack.enter_context(trace.recording())
             if self.ends is not None:
@@ -156,6 +162,8 @@ class Rerun:
             loss = self.step(*args)
             if not isinstance(loss, Tensor):
                 return Outcome(bad=tuple(micro.before.spoiled_statistics()))
+            if not throughout:
+                around.close()
             gradients: list[Tensor] = []
             # Where the loss is not finite it says all there is to say, and costs a third of the whole.
             if backward and loss.requires_grad and all_finite([loss.detach()]):

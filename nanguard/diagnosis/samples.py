@@ -56,6 +56,7 @@ class SampleSearch:
         self._test = fails
         self._left = most_runs_for(size) if most_runs is None else most_runs
         self._healthy: list[int] = []
+        self._doubles = True
         self._known: dict[tuple[int, ...], bool | None] = {}
         self._smallest = list(range(size))
         self.found: list[int] = []
@@ -135,13 +136,20 @@ class SampleSearch:
         self.found += [culprit for culprit in culprits if culprit not in self.found]
 
     def fails(self, positions: Sequence[int]) -> bool:
-        """Whether a sub-batch fails. One that is too small to run is filled up with samples that are known to be healthy."""
+        """Whether a sub-batch fails. One that is too small to run is filled up with samples that are known to be healthy, or
+        else with itself.
+        """
         answer = self._run(positions)
         for padding in (1, 3):
             if answer is not None:
                 break
             extra = [position for position in self._healthy_beside(positions) if position not in positions][:padding]
             answer = self._run([*positions, *extra]) if len(extra) == padding else None
+        if answer is None and len(positions) == 1 and self._doubles:
+            answer = self._run([*positions, *positions])
+            if answer is None:  # two are too few as well; that was no use
+                self._doubles = False
+                self._left += 1
         return bool(answer)
 
     def _run(self, positions: Sequence[int]) -> bool | None:
@@ -152,8 +160,8 @@ class SampleSearch:
             self._left -= 1
             self.runs += 1
             self._known[key] = self._test(key)
-            if self._known[key] is False and len(key) > len(self._healthy):
-                self._healthy = list(key)
+            if self._known[key] is False and len(set(key)) > len(self._healthy):
+                self._healthy = list(dict.fromkeys(key))
         return self._known[key]
 
     def _healthy_beside(self, positions: Sequence[int]) -> list[int]:

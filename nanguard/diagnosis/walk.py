@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanguard.diagnosis.naming import with_source
-from nanguard.diagnosis.operations import COPIES
+from nanguard.diagnosis.operations import COPIES, family
 from nanguard.diagnosis.reach import needed
 from nanguard.diagnosis.recording import Trace
 from nanguard.diagnosis.records import Descent, Evidence, Mark, Place, Record, Source, Write, storage_of
@@ -28,7 +28,7 @@ from nanguard.incident import Origin
 
 __all__ = ["Finding", "blame"]
 
-_ALL = ("op", "phase", "module", "file", "line")
+_PLACE = ("phase", "module", "file", "line")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +69,14 @@ class Finding:
     def same_as(self, other: Finding | None) -> bool:
         """Whether two findings have the same origin: operation, phase, module and line.
 
-        What uses a bad input may be called otherwise where there are fewer samples; then the line says it.
+        What uses a bad input may be called otherwise where there are fewer samples; then the line says it. So may a matrix
+        product, or attention.
         """
         if other is None or (self.external is None) != (other.external is None):
             return False
-        names = ("phase", "module", "file", "line") if self.external is not None else _ALL
-        return all(getattr(self.origin, name) == getattr(other.origin, name) for name in names)
+        if self.external is None and family(self.origin.op) != family(other.origin.op):
+            return False
+        return all(getattr(self.origin, name) == getattr(other.origin, name) for name in _PLACE)
 
 
 @dataclass(eq=False)

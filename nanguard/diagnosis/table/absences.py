@@ -22,6 +22,12 @@ ABSENCES: tuple[Entry, ...] = (
     ),
     Entry(
         "fully_masked",
+        ops("mm addmm bmm baddbmm mul add convolution native_layer_norm native_group_norm native_batch_norm"),
+        "A row is masked altogether, so its logsumexp is -inf, and `{line}` makes NaN of that. Leave such rows out, or keep "
+        "one entry of each unmasked.",
+    ),
+    Entry(
+        "fully_masked",
         (),
         "A row is masked altogether, so {op} was given nothing but infinities. Leave such rows out, or keep one entry of each "
         "unmasked.",
