@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -643,3 +645,14 @@ def test_hostile_numbers_of_generators_are_errors(tmp_path: Path) -> None:
     found.__dict__["rng"] = broken
     with pytest.raises(CaptureError, match="entry 'rng' is damaged"):
         nanguard.replay(found, Net())
+
+
+@pytest.mark.parametrize("place", ["samples", "dataset_indices"])
+def test_numbers_of_samples_that_are_none_are_errors(tmp_path: Path, place: str) -> None:
+    found = capture(tmp_path, Net(), a_batch(), 5)
+    file = found.path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["incident"][place] = [math.inf]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(CaptureError, match="entry 'incident' is damaged"):
+        nanguard.load_capture(found.path)

@@ -28,7 +28,7 @@ def check_manifest(file: Path, manifest: dict[str, Any]) -> None:
             _check_entry(file, f"step.{key}", manifest["step"], key, what, check)
     try:
         Incident.from_dict(manifest["incident"]).render()
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         raise CaptureError(f"{file}: entry 'incident' is damaged: {error}; copy the capture again") from None
 
 

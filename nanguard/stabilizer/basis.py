@@ -68,7 +68,7 @@ class Basis:
         """What the node has saved: edits through `.data` or NumPy count no version."""
         node = self._node
         try:
-            return (node._saved_self, node._saved_other) if self.divides else (node._saved_result,)
+            return (node._saved_self, node._saved_other) if self._divides else (node._saved_result,)
         except RuntimeError:  # it cannot be had any more
             return ()
 
