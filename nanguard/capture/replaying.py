@@ -241,9 +241,8 @@ def _same_failure(then: Incident, now: Incident) -> bool:
         return False
     if then.origin is None or now.origin is None:
         return True
-    if (
-        then.origin.phase == "optimizer"
-    ):  # a replay does not take the step before, but meets what that has made of the weights
+    # A replay does not take the step before, but meets what that has made of the weights.
+    if then.origin.phase == "optimizer":
         return now.cause == "parameters" and now.origin.tensor == then.origin.tensor
     return all(getattr(then.origin, name) == getattr(now.origin, name) for name in ("op", "phase", "module"))
 
