@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanguard.stabilizer import environment
+from nanguard.stabilizer.pages import product
 
 __all__ = ["Basis", "basis_for"]
 
@@ -45,10 +46,9 @@ class Basis:
     def times(self, factor: Tensor) -> Tensor:
         """The softmax times a number for each row, as memory of its own."""
         node = self._node
-        product: Tensor = (
-            node._saved_self * (factor / node._saved_other) if self._divides else node._saved_result * factor
-        )
-        return product
+        if self._divides:
+            return product(node._saved_self, factor / node._saved_other)
+        return product(node._saved_result, factor)
 
     def is_there(self, like: Tensor) -> bool:
         """Whether it can be computed, and has the shape and dtype of that tensor."""
