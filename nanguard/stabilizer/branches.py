@@ -8,6 +8,7 @@ the last bit.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -30,6 +31,8 @@ _ENDS = frozenset({"arcsine"})
 BOUNDS = frozenset({"clamp", "clamp_min", "clamp_max"})
 # Branches are short; a longer computation is a network.
 LONGEST = 12
+
+_NONE: frozenset[str] = frozenset()
 
 
 @final
@@ -65,7 +68,8 @@ class _Step:
     def __init__(
         self,
         reference: weakref.ref[Tensor],
-        result: Tensor,
+        version: int,
+        node: int | None,
         function: Callable[..., Any] | None,
         arguments: Sequence[Any],
         options: Mapping[str, Any],
@@ -75,8 +79,8 @@ class _Step:
         versions: list[int],
     ) -> None:
         self.result = reference
-        self.version = result._version
-        self.node = node_of(result)
+        self.version = version
+        self.node = node
         self.function = function
         self.arguments = arguments
         self.options = options
@@ -157,7 +161,7 @@ class Branches:
         if not isinstance(result, Tensor) or "out" in kwargs or not result.requires_grad or not is_plain(result):
             return
         known, length = law.branch == "singular", 1
-        laws = frozenset({law.name}) if known else frozenset()
+        laws = _only(law.name) if known else _NONE
         steps, versions = self._steps, []
         arguments: list[Any] = list(args)
         for place, entry in enumerate(args):
@@ -173,12 +177,16 @@ class Branches:
         if not known or length > LONGEST:
             return
         again: Callable[..., Any] | None = function
-        if type(result.grad_fn).__name__.startswith("_Graft"):
+        node = result.grad_fn
+        if type(node).__name__.startswith("_Graft"):
             # What has been made stable already is not computed anew, but what is multiplied by it is.
             again, arguments, kwargs, versions = None, [], {}, []
         key = id(result)
         reference = weakref.ref(result, lambda dead: self._drop(key, dead))
-        steps[key] = _Step(reference, result, again, arguments, kwargs, length, laws, self.region, versions)
+        number = None if node is None else node._sequence_nr()
+        steps[key] = _Step(
+            reference, result._version, number, again, arguments, kwargs, length, laws, self.region, versions
+        )
 
     def selected(self, law: Law, spelling: Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The result of a selection with branches that are harmless where not taken; `None` where they are so already."""
@@ -257,6 +265,11 @@ class Branches:
         step = self._steps.get(key)
         if step is not None and step.result is dead:
             del self._steps[key]
+
+
+@functools.cache
+def _only(name: str) -> frozenset[str]:
+    return frozenset({name})
 
 
 def _agree(computed: Tensor, branch: Tensor, taken: Tensor) -> bool:

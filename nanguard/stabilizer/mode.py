@@ -100,7 +100,7 @@ class StabilizerMode(TorchFunctionMode):
             if spelling.edits or "out" in kwargs or not args or not self._stay.is_ordinary():
                 return self._lawful(law, spelling, known, branch, func, args, kwargs)
             if branch:
-                return self._branching(law, spelling, known, func, args, kwargs)
+                return self._branching(law, spelling, known, True, func, args, kwargs)
             return self._ordinary(law, spelling, func, args, kwargs)
         subject = args[0] if args else None
         if meaning is EDIT:
@@ -145,7 +145,7 @@ class StabilizerMode(TorchFunctionMode):
         if environment.is_tracing() or not self._stay.look():
             return self._as_written(spelling, func, args, kwargs)
         if branch and not spelling.in_place and torch.is_grad_enabled() and not environment.in_transform():
-            return self._branching(law, spelling, known, func, args, kwargs)
+            return self._branching(law, spelling, known, False, func, args, kwargs)
         if known:
             return self._concerned(law, spelling, func, args, kwargs)
         return self._as_written(spelling, func, args, kwargs)
@@ -165,9 +165,18 @@ class StabilizerMode(TorchFunctionMode):
         return self._student.learn_again(law, spelling, look, args, kwargs, func(*args, **kwargs))
 
     def _branching(
-        self, law: Law, spelling: Spelling, known: bool, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        law: Law,
+        spelling: Spelling,
+        known: bool,
+        ordinary: bool,
+        func: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        """A call that may be, or select, a branch; `known` says whether anything may be known of its arguments."""
+        """A call that may be, or select, a branch; `known` says whether anything may be known of its arguments, and `ordinary`
+        whether the short way will do.
+        """
         branches = self._branches
         branches.region = self._knowledge.region
         chosen = None
@@ -175,10 +184,10 @@ class StabilizerMode(TorchFunctionMode):
             chosen = branches.selected(law, spelling, args, kwargs)
         if not known:
             result = self._as_written(spelling, func, args, kwargs)
-        elif spelling.edits or "out" in kwargs or not args or not self._stay.is_ordinary():
-            result = self._concerned(law, spelling, func, args, kwargs)
-        else:
+        elif ordinary:
             result = self._ordinary(law, spelling, func, args, kwargs)
+        else:
+            result = self._concerned(law, spelling, func, args, kwargs)
         if law.branch != "selects":
             branches.note(law, func, args, kwargs, result)
         if chosen is None:
