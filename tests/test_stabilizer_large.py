@@ -182,6 +182,54 @@ class TestQuotients:
                 (expected,) = torch.autograd.grad(PICKS["index"](x.log_softmax(1)).sum(), x)
                 torch.testing.assert_close(gradient, expected)
 
+    @pytest.mark.parametrize("leaf", [True, False])
+    def test_at_every_intermediate_of_what_was_replaced(self, leaf):
+        x = (logits("mild") + 30.0).double().requires_grad_()  # its divisor is large, but all digits are there
+        z = x if leaf else x * 1.0
+
+        def pieces():
+            e = torch.exp(z)
+            p = e / e.sum(1, keepdim=True)
+            return e, p, PICKS["index"](p).log().sum() + (p * p).sum() + p[:, 1].sum()
+
+        with nanguard.stabilize() as swaps:
+            e, p, value = pieces()
+        again, quotient, expected = pieces()
+        torch.testing.assert_close(p, quotient)
+        for one, other in ((z, z), (x, x), (p, quotient)):
+            found = torch.autograd.grad(value, one, retain_graph=True)[0]
+            torch.testing.assert_close(found, torch.autograd.grad(expected, other, retain_graph=True)[0])
+        (at_exponential,) = torch.autograd.grad(value, e, retain_graph=True)
+        torch.testing.assert_close(at_exponential, torch.autograd.grad(expected, again)[0], rtol=1e-7, atol=1e-20)
+        assert {swap.rule for swap in swaps} == {"NG102", "NG201"}
+
+    def test_what_was_replaced_may_be_edited(self):
+        x = (logits("mild") + 30.0).requires_grad_()
+        with nanguard.stabilize():
+            p = by_hand(x, 1)
+            before = p.detach().clone()
+            value = PICKS["index"](p).log().sum()
+            p.mul_(2.0)
+            total = (p * p).sum()
+        torch.testing.assert_close(p, before * 2.0)
+        (gradient,) = torch.autograd.grad(value + total, x)
+        q = x.softmax(1)
+        (expected,) = torch.autograd.grad(PICKS["index"](x.log_softmax(1)).sum() + (4 * q * q).sum(), x)
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "build", [by_hand, lambda x, dim: torch.exp(x) * torch.exp(x).sum(dim, keepdim=True) ** -1]
+    )
+    def test_infinite_logits_are_what_they_were(self, build):
+        x = logits("mild") + 30.0
+        x[3, 5] = torch.inf
+        x[7] = -torch.inf
+        x.requires_grad_()
+        with nanguard.stabilize():
+            p = build(x, 1)
+        assert torch.equal(p.isnan(), build(x, 1).isnan())
+        torch.testing.assert_close(p, build(x, 1), equal_nan=True, rtol=1e-5, atol=1e-7)
+
     def test_a_second_backward_pass_is_refused_as_ever(self):
         x = logits("mild").requires_grad_()
         with nanguard.stabilize():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, final
 
+import torch
 from torch import Tensor
 
 from nanguard.algebra import Term
@@ -14,10 +16,13 @@ from nanguard.stabilizer.accuracy import keeps_digits
 from nanguard.stabilizer.answers import Answer, answer_by, grafted
 from nanguard.stabilizer.graft import graft_in_place, may_be_overwritten
 from nanguard.stabilizer.knowledge import Known
+from nanguard.stabilizer.picked import LARGE
 from nanguard.stabilizer.regions import Stay
 from nanguard.stabilizer.report import Report
 
 __all__ = ["Quotient", "Quotients"]
+
+_SAVE_NO_RESULT = frozenset({"DivBackward0", "MulBackward0"})
 
 
 class Quotient(NamedTuple):
@@ -94,7 +99,20 @@ class Quotients:
         self._report.add(answer.rule, answer.written(values), answer)
         if in_place:
             return Quotient(graft_in_place(naive, stable, None), stable, exact=False)
+        if _may_take_its_memory(naive, stable, answer.dtype):
+            return Quotient(graft_in_place(naive, stable, None), stable, exact=True)
         return Quotient(grafted(naive, stable, answer.fresh, answer.dtype, None, _unchanged), stable, exact=True)
+
+
+def _may_take_its_memory(naive: Tensor, stable: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a large quotient, which nobody has seen yet, may be overwritten: then no more memory need be had for another."""
+    if naive.numel() < LARGE or naive.dtype != dtype or stable.dtype != dtype or not naive.is_cpu:
+        return False
+    if type(naive.grad_fn).__name__ not in _SAVE_NO_RESULT or naive._base is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or environment.has_hooks_of_saved_tensors() or environment.in_transform():
+        return False
+    return torch.is_grad_enabled() and stable.requires_grad and math.isfinite(stable.detach().sum().item())
 
 
 def _unchanged(naive: Tensor) -> Tensor:
