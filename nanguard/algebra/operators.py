@@ -78,6 +78,9 @@ MASKED = Operator("masked_fill", "torch.masked_fill", "{0}.masked_fill({mask}, {
 WHERE = Operator("where", f"{_STABLE}.where", "torch.where({condition}, {0}, {1})")
 FULL = Operator("full", f"{_STABLE}.full", "math.log({constant})", sign="positive")
 
+# 1 - p, as a sum that has all its digits but close to 1; where p is small, it is computed from p.
+COMPLEMENT = Operator("complement", "", "{0}", infix=True, sign="as first")
+
 # Numbers of either sign.
 WEIGH = Operator("weigh", "", "{0} + torch.log({1})", infix=True, sign="any")
 WEIGH_REST = Operator("weigh_rest", "", "{0} + torch.log(1 - {1})", infix=True, sign="any")

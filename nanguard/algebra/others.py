@@ -8,8 +8,9 @@ from nanguard.algebra import build
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import reduced
 from nanguard.algebra.term import Apply, Leaf, Shape, Term
+from nanguard.algebra.totals import logsumexp
 
-__all__ = ["left_out", "without"]
+__all__ = ["left_out", "rest_of_cumsum", "rest_of_sum", "without"]
 
 
 def left_out(whole: Term, part: Term) -> Term | None:
@@ -87,3 +88,62 @@ def _indexes_rows(key: tuple[object, ...], shape: Shape, dim: int) -> bool:
     if isinstance(rows, Leaf):
         return rows.shape == (size,) and rows.counts()
     return isinstance(rows, (list, range)) and list(rows) == list(range(size))
+
+
+def rest_of_sum(a: Apply) -> Term | None:
+    """Rests on 1 - sum w p = sum (1 - w) p, for probabilities that sum to 1."""
+    weighed = a.args[0]
+    if not isinstance(weighed, Apply):
+        return None
+    if weighed.operator in (ops.NARROW, ops.INDEX):
+        return _rest_of_neighbours(a, weighed)
+    if weighed.operator not in (ops.WEIGH, ops.WEIGH_REST):
+        return None
+    p, weight = weighed.args
+    if not isinstance(p, Apply) or p.operator is not ops.LOG_SOFTMAX or a.params["dim"] != (p.params["dim"],):
+        return None
+    other = ops.WEIGH_REST if weighed.operator is ops.WEIGH else ops.WEIGH
+    return Apply(a.operator, (Apply(other, (p, weight), weighed.shape),), a.shape, **a.params)
+
+
+def _rest_of_neighbours(a: Apply, part: Apply) -> Term | None:
+    """Rests on 1 - (p_i + ... + p_j) = the sum of those before and after, for probabilities that sum to 1."""
+    p = part.args[0]
+    if not isinstance(p, Apply) or p.operator is not ops.LOG_SOFTMAX or a.params["dim"] != (p.params["dim"],):
+        return None
+    dim, size = p.params["dim"], p.shape[p.params["dim"]]
+    if part.operator is ops.NARROW:
+        start, stop = part.params["start"] % size, part.params["start"] % size + part.params["length"]
+        if part.params["dim"] != dim:
+            return None
+    else:
+        key = part.params["key"]
+        key = key if isinstance(key, tuple) else (key,)
+        full = all(type(entry) is slice and (entry == slice(None) or place == dim) for place, entry in enumerate(key))
+        if (
+            not full
+            or len(key) <= dim
+            or not all(type(end) in (int, type(None)) for end in (key[dim].start, key[dim].stop))
+        ):
+            return None
+        start, stop, step = key[dim].indices(size)
+        if step != 1:
+            return None
+    pieces = [(first, last - first) for first, last in ((0, start), (stop, size)) if last > first]
+    if not pieces:
+        return None
+    totals = [_total_of_piece(p, dim, first, length, a.params["keepdim"]) for first, length in pieces]
+    return totals[0] if len(totals) == 1 else Apply(ops.LOGADDEXP, tuple(totals), totals[0].shape)
+
+
+def _total_of_piece(p: Apply, dim: int, start: int, length: int, keepdim: bool) -> Term:
+    shape = (*p.shape[:dim], length, *p.shape[dim + 1 :])
+    return logsumexp(build.rearrange(ops.NARROW, (p,), shape, dim=dim, start=start, length=length), (dim,), keepdim)
+
+
+def rest_of_cumsum(a: Apply) -> Term | None:
+    """Rests on 1 - (p_1 + ... + p_k) = p_(k+1) + ... + p_n, for probabilities that sum to 1."""
+    p, dim = a.args[0], a.params["dim"]
+    if not isinstance(p, Apply) or p.operator is not ops.LOG_SOFTMAX or p.params["dim"] != dim:
+        return None
+    return Apply(ops.LOG_TAIL, p.args, a.shape, dim=dim)

@@ -33,7 +33,17 @@ LARGEST_EPSILON = 1e-3
 
 # What may stand around the computation that a rule names: constants, bounds, masks.
 _WRAPPERS = frozenset(
-    {ops.SHIFT, ops.CLAMP_MIN, ops.CLAMP_MAX, ops.FLOOR_ZERO, ops.MINUS, ops.XLOGY, ops.ENTR, ops.PADDED}
+    {
+        ops.COMPLEMENT,
+        ops.SHIFT,
+        ops.CLAMP_MIN,
+        ops.CLAMP_MAX,
+        ops.FLOOR_ZERO,
+        ops.MINUS,
+        ops.XLOGY,
+        ops.ENTR,
+        ops.PADDED,
+    }
     | {ops.AMAX, ops.AMIN, ops.EXTREME, ops.SORTED, ops.TOPK, ops.MAXIMUM, ops.MINIMUM}
 )
 _PICKS = frozenset(
@@ -155,7 +165,7 @@ def is_total(term: Term) -> bool:
 
 def is_probability_or_total(term: Term) -> bool:
     """Whether an epsilon on it guards a probability or a sum of exponentials, and not a mixture or a ratio."""
-    while isinstance(term, Apply) and (term.operator.move or _is_guard(term)):
+    while isinstance(term, Apply) and (term.operator.move or term.operator is ops.COMPLEMENT or _is_guard(term)):
         term = term.args[0]
     if not isinstance(term, Apply):
         return False

@@ -4,28 +4,34 @@ Writing l and m for the logarithms of p and q:
 
 1. `logaddexp`, `plus_constant`: log(p + q), log(p + c).
 2. `complement`: log(c - p), where the digits are lost once p is close to c. For what is bounded by 1 there is a better way:
-   1 - sigmoid(x) = sigmoid(-x); 1 - softmax(x)_k is the share of the others; 1 - tanh(x) = 2 sigmoid(-2 x).
+   1 - sigmoid(x) = sigmoid(-x); 1 - softmax(x)_k is the share of the others; 1 - tanh(x) = 2 sigmoid(-2 x). Where that is a
+   sum, its logarithm loses the digits once p is close to 0, and is computed from p there.
 3. `difference`: log(p - q). A total without one of its parts is the sum of the others;
    sigmoid(x) - sigmoid(y) = sigmoid(x) sigmoid(-y) (1 - e^(y - x)).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import is_op, minus, unsigned
-from nanguard.algebra.others import left_out, without
+from nanguard.algebra.factors import common_factor, mixture
+from nanguard.algebra.others import left_out, rest_of_cumsum, rest_of_sum, without
 from nanguard.algebra.term import Apply, Term
-from nanguard.algebra.totals import clamp, full, logsumexp
+from nanguard.algebra.totals import clamp, full, total, weigh
 
 __all__ = ["complement", "difference", "logaddexp", "plus_constant"]
 
 
 # A constant that differs from 1 by less is 1 and an epsilon.
 _CLOSE = 1e-2
+# What is left over from sums of constants, as in 1 - .7 - .3.
+_ROUNDING = 1e-15
+_MIXTURES = (ops.SHIFT, ops.PLUS_CONSTANT, ops.LOGADDEXP)
 
 
 def logaddexp(a: Term, b: Term) -> Term:
@@ -33,8 +39,8 @@ def logaddexp(a: Term, b: Term) -> Term:
     (flip, a), (flop, b) = unsigned(a), unsigned(b)
     if flip != flop:
         return difference(b, a) if flip else difference(a, b)
-    total = Apply(ops.LOGADDEXP, (a, b), build.broadcast_shapes(a.shape, b.shape))
-    return minus(total) if flip else total
+    both = Apply(ops.LOGADDEXP, (a, b), build.broadcast_shapes(a.shape, b.shape))
+    return minus(both) if flip else both
 
 
 def plus_constant(a: Term, constant: float) -> Term:
@@ -50,22 +56,23 @@ def plus_constant(a: Term, constant: float) -> Term:
                 return a.args[0]
             if first == -constant:  # c - p - c
                 return minus(a.args[1])
-        if a.operator is ops.EXPM1:
+        if a.operator is ops.EXPM1 and constant >= 1:  # of a smaller one, e^x + (c - 1) would lose the digits
             return plus_constant(a.args[0], constant - 1.0)
         scale, tanh = _times_tanh(a)
         if tanh is not None and math.isclose(constant, scale, rel_tol=1e-12):
-            return build.shift(_twice_sigmoid(tanh, 2.0), math.log(scale))
+            return build.shift(_of_sum(_twice_sigmoid(tanh.args[0], 2.0), minus(tanh)), math.log(scale))
     if constant < 0:
-        return difference(a, full(-constant, a.shape))
+        rest = _rest(a) if constant == -1.0 else None
+        return difference(a, full(-constant, a.shape)) if rest is None else minus(rest)
     return Apply(ops.PLUS_CONSTANT, (a,), a.shape, constant=constant)
 
 
-def _times_tanh(a: Apply) -> tuple[float, Term | None]:
-    """C and x of c tanh(x)."""
+def _times_tanh(a: Apply) -> tuple[float, Apply | None]:
+    """C and tanh(x) of c tanh(x)."""
     inner = a.args[0] if a.operator is ops.SHIFT else a
     if not isinstance(inner, Apply) or inner.operator is not ops.TANH:
         return 1.0, None
-    return math.exp(a.params["other"]) if a.operator is ops.SHIFT else 1.0, inner.args[0]
+    return math.exp(a.params["other"]) if a.operator is ops.SHIFT else 1.0, inner
 
 
 def _constant(a: Term) -> float | None:
@@ -81,7 +88,12 @@ def complement(a: Term, constant: float) -> Term:
     flip, a = unsigned(a)
     if flip:
         return plus_constant(a, constant)
-    rest = _rest(a)
+    if is_op(a, *_MIXTURES):
+        rest = _rest_of_mixture(a, constant)
+        if rest is not None:
+            return _of_sum(rest, a) if constant == 1.0 else rest
+    else:
+        rest = _rest(a)
     if rest is None and abs(constant - 1.0) > _CLOSE:
         return Apply(ops.DIFFERENCE, (full(constant, a.shape), a), a.shape)
     # The logarithm of a constant close to 1 has lost what it differs by.
@@ -102,6 +114,40 @@ def _rest(a: Term) -> Term | None:
     return None if find is None else find(a)
 
 
+def _of_sum(rest: Term, part: Term) -> Term:
+    """The logarithm of 1 - p, given a sum that it is."""
+    return Apply(ops.COMPLEMENT, (rest, part), rest.shape)
+
+
+def _as_sum(find: Callable[[Apply], Term | None]) -> Callable[[Apply], Term | None]:
+    def found(a: Apply) -> Term | None:
+        rest = find(a)
+        return None if rest is None else _of_sum(rest, a)
+
+    return found
+
+
+def _rest_of_mixture(a: Term, constant: float) -> Term | None:
+    """Rests on c - (k p + m q + d) = k (1 - p) + m (1 - q) + (c - k - m - d), if the last is not negative."""
+    parts, added = mixture(a)
+    factors = [factor for factor, _ in parts]
+    rests = [_rest(part) for _, part in parts]
+    left, least = math.fsum([constant, -added, *(-factor for factor in factors)]), _ROUNDING * constant
+    if not rests or any(rest is None for rest in rests) or left < -least:
+        return None
+    shares = [
+        build.shift(rest, math.log(factor)) for factor, rest in zip(factors, rests, strict=True) if rest is not None
+    ]
+    whole = functools.reduce(logaddexp, shares)
+    return logaddexp(whole, full(left, whole.shape)) if left > least else whole
+
+
+def _rest_of_product(a: Apply) -> Term | None:
+    """Rests on 1 - p q = (1 - p) + p (1 - q)."""
+    one, other = (_rest(arg) for arg in a.args)
+    return None if one is None or other is None else logaddexp(one, build.add(a.args[0], other))
+
+
 def _rest_of_clamped(a: Apply) -> Term | None:
     rest, bound = _rest(a.args[0]), 1.0 - a.params["constant"]
     if rest is None or bound <= 0:
@@ -112,57 +158,6 @@ def _rest_of_clamped(a: Apply) -> Term | None:
 def _rest_of_mean(a: Apply) -> Term | None:
     rest = _rest(a.args[0])
     return None if rest is None else Apply(a.operator, (rest,), a.shape, **a.params)
-
-
-def _rest_of_sum(a: Apply) -> Term | None:
-    """Rests on 1 - sum w p = sum (1 - w) p, for probabilities that sum to 1."""
-    weighed = a.args[0]
-    if not isinstance(weighed, Apply):
-        return None
-    if weighed.operator in (ops.NARROW, ops.INDEX):
-        return _rest_of_neighbours(a, weighed)
-    if weighed.operator not in (ops.WEIGH, ops.WEIGH_REST):
-        return None
-    p, weight = weighed.args
-    if not isinstance(p, Apply) or p.operator is not ops.LOG_SOFTMAX or a.params["dim"] != (p.params["dim"],):
-        return None
-    other = ops.WEIGH_REST if weighed.operator is ops.WEIGH else ops.WEIGH
-    return Apply(a.operator, (Apply(other, (p, weight), weighed.shape),), a.shape, **a.params)
-
-
-def _rest_of_neighbours(a: Apply, part: Apply) -> Term | None:
-    """Rests on 1 - (p_i + ... + p_j) = the sum of those before and after, for probabilities that sum to 1."""
-    p = part.args[0]
-    if not isinstance(p, Apply) or p.operator is not ops.LOG_SOFTMAX or a.params["dim"] != (p.params["dim"],):
-        return None
-    dim, size = p.params["dim"], p.shape[p.params["dim"]]
-    if part.operator is ops.NARROW:
-        start, stop = part.params["start"] % size, part.params["start"] % size + part.params["length"]
-        if part.params["dim"] != dim:
-            return None
-    else:
-        key = part.params["key"]
-        key = key if isinstance(key, tuple) else (key,)
-        full = all(type(entry) is slice and (entry == slice(None) or place == dim) for place, entry in enumerate(key))
-        if (
-            not full
-            or len(key) <= dim
-            or not all(type(end) in (int, type(None)) for end in (key[dim].start, key[dim].stop))
-        ):
-            return None
-        start, stop, step = key[dim].indices(size)
-        if step != 1:
-            return None
-    pieces = [(first, last - first) for first, last in ((0, start), (stop, size)) if last > first]
-    if not pieces:
-        return None
-    totals = [_total_of_piece(p, dim, first, length, a.params["keepdim"]) for first, length in pieces]
-    return totals[0] if len(totals) == 1 else logaddexp(totals[0], totals[1])
-
-
-def _total_of_piece(p: Apply, dim: int, start: int, length: int, keepdim: bool) -> Term:
-    shape = (*p.shape[:dim], length, *p.shape[dim + 1 :])
-    return logsumexp(build.rearrange(ops.NARROW, (p,), shape, dim=dim, start=start, length=length), (dim,), keepdim)
 
 
 def _rest_of_square(a: Apply) -> Term | None:
@@ -177,14 +172,6 @@ def _rest_of_power(a: Apply) -> Term | None:
     """Rests on 1 - p^2 = (1 - p) (1 + p)."""
     rest = _rest(a.args[0])
     return None if rest is None or a.params["other"] != 2 else build.add(rest, plus_constant(a.args[0], 1.0))
-
-
-def _rest_of_cumsum(a: Apply) -> Term | None:
-    """Rests on 1 - (p_1 + ... + p_k) = p_(k+1) + ... + p_n, for probabilities that sum to 1."""
-    p, dim = a.args[0], a.params["dim"]
-    if not isinstance(p, Apply) or p.operator is not ops.LOG_SOFTMAX or p.params["dim"] != dim:
-        return None
-    return Apply(ops.LOG_TAIL, p.args, a.shape, dim=dim)
 
 
 def _rest_of_choice(a: Apply) -> Term | None:
@@ -227,19 +214,22 @@ def _rest_of_masked(a: Apply) -> Term | None:
 
 
 _RESTS: dict[str, Callable[[Apply], Term | None]] = {
+    "complement": lambda a: a.args[1],
+    **dict.fromkeys(("shift", "plus_constant", "logaddexp"), _as_sum(lambda a: _rest_of_mixture(a, 1.0))),
+    "add": _as_sum(_rest_of_product),
     "logsigmoid": lambda a: build.logsigmoid(build.negate(a.args[0])),
     "log_softmax": lambda a: Apply(ops.LOG_REST, a.args, a.shape, **a.params),
     "log_rest": lambda a: build.log_softmax(a.args[0], a.params["dim"]),
-    "tanh": lambda a: _twice_sigmoid(a.args[0], -2.0),
-    "power": _rest_of_square,
-    "scale": lambda a: _rest_of_power(a),
-    "logcumsumexp": lambda a: _rest_of_cumsum(a),
+    "tanh": _as_sum(lambda a: _twice_sigmoid(a.args[0], -2.0)),
+    "power": _as_sum(_rest_of_square),
+    "scale": _as_sum(lambda a: _rest_of_power(a)),
+    "logcumsumexp": _as_sum(rest_of_cumsum),
     "where": lambda a: _rest_of_choice(a),
     "clamp_min": _rest_of_clamped,
     "clamp_max": _rest_of_clamped,
-    "logmeanexp": _rest_of_mean,
-    "logsumexp": _rest_of_sum,
-    "weigh": _rest_of_weighed,
+    "logmeanexp": _as_sum(_rest_of_mean),
+    "logsumexp": _as_sum(rest_of_sum),
+    "weigh": _as_sum(_rest_of_weighed),
     "full": _rest_of_constant,
     "amax": _rest_of_extreme,
     "amin": _rest_of_extreme,
@@ -276,7 +266,40 @@ def difference(a: Term, b: Term) -> Term:
         others = without(a, b)
         if others is not None:
             return others
+        found = _factored(a, b) or _of_totals(a, b)
+        if found is not None:
+            return found
     return Apply(ops.DIFFERENCE, (a, b), build.broadcast_shapes(a.shape, b.shape))
+
+
+def _factored(a: Apply, b: Term) -> Term | None:
+    """Rests on p q - p r = p (q - r): what is large in both logarithms would swallow the difference."""
+    if a.operator is ops.WEIGH and isinstance(b, Apply) and b.operator is ops.WEIGH and a.args[1] == b.args[1]:
+        return weigh(difference(a.args[0], b.args[0]), a.args[1])
+    found = common_factor(a, b)
+    if found is None:
+        return None
+    (first, one), (second, other) = found.rests
+    if (first is None and (second is None or one > 0)) or (second is None and other > 0):
+        return None  # nothing cancels in 2 p - p^2, but it would in the derivatives of p and 2 - p
+    if first is None:
+        rest = complement(second, math.exp(one))  # type: ignore[arg-type]
+    elif second is None:
+        rest = plus_constant(build.shift(first, one), -math.exp(other))
+    else:
+        rest = difference(build.shift(first, one), build.shift(second, other))
+    whole = rest if found.factor is None else build.add(found.factor, rest)
+    return build.expand(build.shift(whole, found.constant), build.broadcast_shapes(a.shape, b.shape))
+
+
+def _of_totals(a: Apply, b: Term) -> Term | None:
+    """Rests on sum p - sum q = sum (p - q), where the differences are known to more digits than the sums."""
+    if a.operator not in (ops.LOGSUMEXP, ops.LOGMEANEXP) or not isinstance(b, Apply) or a.operator is not b.operator:
+        return None
+    if a.params != b.params or a.args[0].shape != b.args[0].shape:
+        return None
+    inner = difference(a.args[0], b.args[0])
+    return None if is_op(inner, ops.DIFFERENCE) else total(a.operator, inner, **a.params)
 
 
 def _logit(a: Term) -> Term | None:

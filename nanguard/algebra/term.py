@@ -37,7 +37,7 @@ class Operator:
     fresh: bool = True
     infix: bool = False
     move: bool = False
-    sign: Literal["any", "positive", "as arguments"] = "as arguments"
+    sign: Literal["any", "positive", "as arguments", "as first"] = "as arguments"
 
 
 def _never() -> bool:
@@ -119,6 +119,8 @@ class Apply:
             size += arg.size
             leaves = leaves + arg.leaves
             signed = signed or (arg.signed and operator.sign == "as arguments")
+        if operator.sign == "as first":
+            signed = args[0].signed
         self.size: int = size
         self.leaves: tuple[Leaf, ...] = leaves
         self.signed: bool = signed

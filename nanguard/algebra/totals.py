@@ -16,25 +16,26 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.build import minus, reduced, unsigned
 from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term, Unrecognised
 
-__all__ = ["clamp", "full", "logcumsumexp", "logmeanexp", "logsumexp", "scatter_add", "unknown", "weigh"]
+__all__ = ["clamp", "full", "logcumsumexp", "logmeanexp", "logsumexp", "scatter_add", "total", "unknown", "weigh"]
 
 
 def logsumexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
     """Rests on log sum p = logsumexp l."""
-    return _total(ops.LOGSUMEXP, a, dims, keepdim)
+    return total(ops.LOGSUMEXP, a, dims, keepdim)
 
 
 def logmeanexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
     """Rests on log mean p = logsumexp l - log n."""
-    return _total(ops.LOGMEANEXP, a, dims, keepdim, count=math.prod(a.shape[dim] for dim in dims))
+    return total(ops.LOGMEANEXP, a, dims, keepdim, count=math.prod(a.shape[dim] for dim in dims))
 
 
-def _total(operator: Operator, a: Term, dims: tuple[int, ...], keepdim: bool, **params: int) -> Term:
-    if not dims:
+def total(operator: Operator, a: Term, dim: tuple[int, ...], keepdim: bool, **params: int) -> Term:
+    """The logarithm of a sum or a mean over these dims."""
+    if not dim:
         return a
     flip, a = unsigned(a)
-    total = Apply(operator, (a,), reduced(a.shape, dims, keepdim), dim=dims, keepdim=keepdim, **params)
-    return minus(total) if flip else total
+    result = Apply(operator, (a,), reduced(a.shape, dim, keepdim), dim=dim, keepdim=keepdim, **params)
+    return minus(result) if flip else result
 
 
 def logcumsumexp(a: Term, dim: int) -> Term:

@@ -76,6 +76,7 @@ _SCALED: dict[str, Callable[..., Scaled]] = {
 }
 # Of positive numbers these have a form of their own.
 _OF_POSITIVE = (ops.LOGCUMSUMEXP, ops.SUM, ops.CUMSUM)
+_SUMS_OF_TWO = (ops.LOGADDEXP, ops.PLUS_CONSTANT, ops.DIFFERENCE)
 # The same, of what is no logarithm.
 _OF_VALUES: dict[str, Callable[..., Scaled]] = {
     "between_sigmoids": scaled.between_sigmoids,
@@ -112,6 +113,10 @@ class _Evaluation:
             return (value if term.tracked else value.detach()).to(self._dtype, copy=private)
         if term.operator is ops.DIFFERENCE and not any(arg.signed for arg in term.args):
             return scaled.logarithm_of_difference(*map(self.log, term.args))
+        if term.operator is ops.COMPLEMENT:
+            return scaled.logarithm_of_complement(self.log(term.args[0]), self.scaled(term.args[1]))
+        if term.signed and term.operator in _SUMS_OF_TWO:
+            return scaled.logarithm_of_sum(*self._summands(term))
         if _by_factor(term):
             return scaled.logarithm(self.scaled(term))
         if term.operator is ops.FULL:
@@ -128,6 +133,13 @@ class _Evaluation:
             args = [self.log(arg, saves_input) for arg in term.args]
         result: Tensor = function(term.operator.function)(*args, **self._parameters(term))
         return result
+
+    def _summands(self, term: Apply) -> list[Scaled]:
+        if term.operator is ops.PLUS_CONSTANT:
+            number = self.scaled(term.args[0])
+            return [number, Scaled(number.log.new_full((), term.params["constant"]).log())]
+        first, second = map(self.scaled, term.args)
+        return [first, scaled.negative(second) if term.operator is ops.DIFFERENCE else second]
 
     def _parameters(self, term: Apply) -> dict[str, Any]:
         return {name: filled_value(value, self._values) for name, value in term.params.items()}
@@ -150,6 +162,8 @@ class _Evaluation:
         if term.operator in (ops.WEIGH, ops.WEIGH_REST):
             weight = self.log(term.args[1])
             return scaled.weighed(self.scaled(term.args[0]), weight if term.operator is ops.WEIGH else 1 - weight)
+        if term.operator is ops.COMPLEMENT and term.signed:
+            return self.scaled(term.args[0])
         if term.operator.name in _OF_VALUES:
             return _OF_VALUES[term.operator.name](*map(self.log, term.args), **params)
         if term.operator.name in _SCALED and (term.signed or term.operator not in _OF_POSITIVE):

@@ -20,7 +20,9 @@ __all__ = [
     "Scaled",
     "difference",
     "logarithm",
+    "logarithm_of_complement",
     "logarithm_of_difference",
+    "logarithm_of_sum",
     "masked",
     "moved",
     "multiplied",
@@ -36,6 +38,8 @@ __all__ = [
 
 # Smaller factors are left over from a sum whose largest part cancelled, or weighed nothing.
 _TINY = 1e-9
+# What is added to 1, and its logarithm taken: beyond this, the sum itself has as many digits.
+_LITTLE = 0.5
 
 
 class Scaled(NamedTuple):
@@ -169,6 +173,28 @@ def difference(a: Scaled, b: Scaled) -> Scaled:
         return added(a, negative(b))
     high, lost = _gap(a.log, b.log)
     return Scaled(high, lost)
+
+
+def logarithm_of_sum(a: Scaled, b: Scaled) -> Tensor:
+    """log(p + q): log p + log(1 + q / p) where p is positive and q small beside it, which has all digits for p near 1."""
+    whole = logarithm(added(a, b))
+    if (a.factor is None) == (b.factor is None):
+        return whole
+    return _with_little(*((a.log, b) if a.factor is None else (b.log, a)), whole)
+
+
+def logarithm_of_complement(rest: Tensor, part: Scaled) -> Tensor:
+    """log(1 - p), given what it is where p is not small."""
+    return _with_little(torch.zeros_like(rest.detach()), negative(part), rest)
+
+
+def _with_little(log: Tensor, little: Scaled, whole: Tensor) -> Tensor:
+    """log(e^log + q) where q is little, and elsewhere what it is as a whole."""
+    log, exponent, factor, whole = torch.broadcast_tensors(log, little.log, _factor(little), whole)
+    gap = exponent - log
+    near = (torch.exp(gap.detach()) * factor.detach()).abs() < _LITTLE
+    ratio = torch.exp(torch.where(near, gap, 0.0)) * torch.where(near, factor, 0.0)
+    return torch.where(near, log + torch.log1p(ratio), whole)
 
 
 def logarithm_of_difference(a: Tensor, b: Tensor) -> Tensor:
