@@ -1,5 +1,6 @@
 """The algebra by itself: free of torch, with equations that hold by construction."""
 
+import math
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from nanguard.algebra import (
     untracked,
 )
 from nanguard.algebra import operators as ops
+from nanguard.algebra.factors import common_factor, mixture
 from nanguard.algebra.families.epsilon import drop_epsilons
 from nanguard.algebra.linear import exponential
 from nanguard.algebra.registry import law, rule
@@ -173,6 +175,47 @@ class TestSimplification:
         term = untracked(build.add(self.x, build.log_softmax(leaf(4, 4), 1)))
         assert isinstance(term, Apply)
         assert not any(part.tracked for part in (term.args[0], term.args[1].args[0]))
+
+
+class TestCancellation:
+    x, p, q = leaf(4, 4), build.logsigmoid(leaf(4, 4)), build.logsigmoid(leaf(4, 4))
+
+    def test_what_two_numbers_have_in_common(self):
+        found = common_factor(build.shift(build.scale(self.p, 2.0), 0.5), build.shift(build.add(self.p, self.q), 0.5))
+        assert found.factor == self.p
+        assert found.constant == 0.5
+        assert found.rests == ((self.p, 0.0), (self.q, 0.0))
+        found = common_factor(build.subtract(self.x, self.p), build.negate(self.p))
+        assert found.rests == ((self.x, 0.0), (None, 0.0))
+        assert common_factor(self.p, self.q) is None
+        assert common_factor(build.shift(self.p, 0.5), build.shift(self.q, 0.6)) is None
+
+    def test_a_mixture(self):
+        parts, added = mixture(sums.plus_constant(sums.logaddexp(build.shift(self.p, 0.0), self.q), 0.25))
+        assert parts == [(1.0, self.p), (1.0, self.q)]
+        assert added == 0.25
+
+    def test_a_factor_in_common_is_taken_out(self):
+        assert sums.difference(self.p, build.scale(self.p, 2.0)).args[0] == self.p
+        assert sums.difference(build.shift(self.x, 0.5), build.shift(self.q, 0.5)).operator is ops.SHIFT
+        # Nothing cancels in 2 p - p^2.
+        assert sums.difference(build.shift(self.p, 0.7), build.scale(self.p, 2.0)).operator is ops.DIFFERENCE
+
+    def test_a_difference_of_totals(self):
+        one, other = (totals.logsumexp(build.add(self.q, part), (1,), False) for part in (self.p, self.x))
+        found = sums.difference(one, other)
+        assert found.operator is ops.LOGSUMEXP
+        assert found.args[0] == build.add(self.q, sums.difference(self.p, self.x))
+        assert sums.difference(totals.logsumexp(self.x, (1,), False), one).operator is ops.DIFFERENCE
+
+    def test_what_is_left_of_one(self):
+        rest = build.logsigmoid(build.negate(self.p.args[0]))
+        assert sums.complement(build.shift(self.p, math.log(0.8)), 0.8) == build.shift(rest, math.log(0.8))
+        assert sums.plus_constant(self.p, -1.0) == build.minus(rest)
+        squared = sums.complement(build.scale(self.p, 2.0), 1.0)
+        assert squared.operator is ops.COMPLEMENT
+        assert sums.complement(squared, 1.0) == build.scale(self.p, 2.0)
+        assert sums.plus_constant(sums.plus_constant(self.x, 0.5), -0.5) == self.x
 
 
 class TestDroppedEpsilons:

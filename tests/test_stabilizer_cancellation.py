@@ -1,7 +1,8 @@
-"""Where digits cancel: small numbers beside 1, epsilons beside smaller ones, and what two close numbers have in common."""
+"""Where digits cancel: small numbers beside 1, epsilons beside smaller ones, what two close numbers share, and logarithms."""
 
 import functools
 import math
+import weakref
 
 import mpmath
 import pytest
@@ -152,6 +153,19 @@ COMMON = {
     "less than one": (lambda x: (-(x.sigmoid() - 1)).log(), lambda x: log(s(-x))),
     "taken away again": (lambda x: (0.75 - (0.75 - 0.75 * x.sigmoid())).log(), lambda x: log(0.75 * s(x))),
 }
+INVERSE = {
+    "softmax": (lambda x: (1 - F.log_softmax(with_two(x), 1).exp()).log()[:, 0], lambda x: log(share_of_two(x))),
+    "softmax, logit": (
+        lambda x: torch.logit(F.log_softmax(with_two(x), 1).exp())[:, 0],
+        lambda x: log((1 - share_of_two(x)) / share_of_two(x)),
+    ),
+    "softmax, expm1": (lambda x: (-with_two(x).log_softmax(1).expm1()).log()[:, 0], lambda x: log(share_of_two(x))),
+    "sigmoid": (lambda x: (1 - F.logsigmoid(4 * x).exp()).log(), lambda x: log(s(-4 * x))),
+    "sigmoid, log1p": (lambda x: torch.log1p(-torch.exp(F.logsigmoid(4 * x))), lambda x: log(s(-4 * x))),
+    "softplus": (lambda x: (F.softplus(4 * x).exp() - 1).log(), lambda x: 4 * x),
+    "softplus, negative": (lambda x: (1 - torch.exp(-F.softplus(4 * x))).log(), lambda x: log(s(4 * x))),
+    "softplus, expm1": (lambda x: (F.softplus(4 * x).expm1() + 1e-30).log(), lambda x: log(exp(4 * x) + 1e-30)),
+}
 CASES = [
     pytest.param(loss, exact, points, id=f"{group}, {name}")
     for group, cases, points in (
@@ -159,6 +173,7 @@ CASES = [
         ("beside one", BESIDE_ONE, POINTS),
         ("tanh", TANH, SMALL),
         ("common", COMMON, POINTS),
+        ("inverse", INVERSE, POINTS),
     )
     for name, (loss, exact) in cases.items()
 ]
@@ -209,3 +224,61 @@ def test_few_digits_are_no_worse_than_unguarded(loss, exact, points):
         size = wanted.abs() + 1e-2
         lost = ((one.double() - wanted).abs() / size).nan_to_num(math.inf)
         assert (lost <= ((other.double() - wanted).abs() / size).nan_to_num(math.inf).clamp(min=2e-2)).all()
+
+
+TARGET = torch.tensor([[0], [2], [1]])
+PLAIN = {
+    "cross-entropy": lambda x: -F.log_softmax(x, 1).gather(1, TARGET).mean(),
+    "entropy": lambda x: -(F.log_softmax(x, 1).exp() * F.log_softmax(x, 1)).sum(1),
+    "smoothing": lambda x: -0.9 * F.log_softmax(x, 1)[:, 0] - 0.1 * F.log_softmax(x, 1).mean(1),
+    "focal": lambda x: (lambda y: -((1 - y.exp()) ** 2 * y).sum())(F.log_softmax(x, 1)),
+    "ratio": lambda x: (F.log_softmax(x, 1) - F.log_softmax(-x, 1)).exp() * 2,
+    "divided": lambda x: F.log_softmax(x, 1) / F.log_softmax(x, 1).sum(1, keepdim=True),
+    "softplus": lambda x: F.softplus(x) / (F.softplus(x).sum(1, keepdim=True) + 1e-6),
+    "logarithm of a softplus": lambda x: F.softplus(x).log() + (F.softplus(x) + 1).log() + F.softplus(x, beta=2).exp(),
+    "one number": lambda x: x * F.softplus(torch.tensor(0.5)) + F.logsigmoid(x[0, 0]),
+    "sigmoid": lambda x: -(F.logsigmoid(x) + F.logsigmoid(-x)).mean(),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("loss", PLAIN.values(), ids=PLAIN)
+def test_what_is_made_of_logarithms_stays_as_it_is(loss, compiled):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)) * 20
+
+    def outcome(function):
+        point = x.clone().requires_grad_()
+        value = function(point)
+        return value.detach(), torch.autograd.grad(value.sum(), point)[0]
+
+    torch._dynamo.reset()
+    plain = outcome(torch.compile(loss, backend="aot_eager") if compiled else loss)
+    torch._dynamo.reset()
+    with nanguard.stabilize() as swaps:
+        found = outcome(torch.compile(loss, backend="aot_eager") if compiled else loss)
+    assert not swaps
+    assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+
+
+def test_logits_are_not_kept_for_their_log_softmax():
+    with nanguard.stabilize():
+        logits = torch.randn(4, 5)
+        gone = weakref.ref(logits)
+        log_p = F.log_softmax(logits, 1)
+        del logits
+        assert gone() is None
+        rest = (1 - log_p.exp()).log()
+    torch.testing.assert_close(rest, torch.log1p(-log_p.exp()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_logarithm_that_was_edited_is_none_any_more():
+    x = torch.tensor([1.0, 2.0])
+    with nanguard.stabilize() as swaps:
+        y = F.logsigmoid(x)
+        y -= 1
+        value = (1 - y.exp()).log()
+        z = F.softplus(x)
+        z.exp_()
+        torch.testing.assert_close(z.log(), F.softplus(x))
+    torch.testing.assert_close(value, torch.log1p(-y.exp()))
+    assert swaps

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, final
 
-from nanguard.algebra.operators import FULL
+from nanguard.algebra.operators import FULL, LOG_SOFTMAX, LOGARITHM, NORMALISED
 from nanguard.algebra.term import Apply, Leaf, Shape, Term, Unrecognised
 
-__all__ = ["Call", "Operand"]
+__all__ = ["Call", "Operand", "is_logarithm", "normal_dim"]
 
 
 @final
@@ -19,12 +19,13 @@ class Operand:
     Attributes:
         leaf: the tensor as it is now.
         log: its logarithm, where that is known.
+        exponential: what is known of its exponential, where it is a logarithm itself.
         trusted: whether a term may depend on it: a plain tensor that nothing edits unseen.
         real: whether it is of a real floating dtype.
         constant: the number that all its elements are, where that is known.
     """
 
-    __slots__ = ("constant", "leaf", "log", "real", "trusted")
+    __slots__ = ("constant", "exponential", "leaf", "log", "real", "trusted")
 
     def __init__(
         self,
@@ -34,8 +35,10 @@ class Operand:
         real: bool = True,
         constant: float | None = None,
     ) -> None:
+        inverse = log is not None and is_logarithm(log)
         self.leaf = leaf
-        self.log = log
+        self.log = None if inverse else log
+        self.exponential = log if inverse else None
         self.trusted = trusted
         self.real = real
         self.constant = constant
@@ -81,6 +84,17 @@ class Call:
         if isinstance(value, Operand) and value.log is not None:
             return value.log
         raise Unrecognised
+
+    def exponential(self, name: str = "input") -> Term | None:
+        """The logarithm of the exponential of an operand, where more is known than that it is the operand."""
+        value = self.arguments[name]
+        found = value.exponential if isinstance(value, Operand) else None
+        if not isinstance(found, Apply):
+            return None
+        if found.operator is LOGARITHM:
+            return found.args[0]
+        # It is its own softmax: one that keeps the digits where it rounds to 0.
+        return Apply(LOG_SOFTMAX, (self.leaf(name),), found.shape, **found.params)
 
     def logs(self, name: str) -> tuple[Term, ...]:
         """The logarithms of a list of operands, constants among them. Raises `Unrecognised` where none or one is not known."""
@@ -152,6 +166,11 @@ class Call:
         """Raise `Unrecognised` unless these arguments were left out."""
         if any(self.arguments[name] is not None for name in names):
             raise Unrecognised
+
+
+def is_logarithm(term: Term) -> bool:
+    """Whether it tells that a tensor is a logarithm itself."""
+    return isinstance(term, Apply) and term.operator in (LOGARITHM, NORMALISED)
 
 
 def _log_or_constant(entry: Any) -> Term:

@@ -9,7 +9,7 @@ from nanguard.algebra import build
 from nanguard.algebra import operators as ops
 from nanguard.algebra.term import Apply, Term
 
-__all__ = ["Common", "common_factor", "mixture"]
+__all__ = ["Common", "between_sigmoids", "common_factor", "mixture"]
 
 # Logarithms of constants that differ by less are those of the same constant.
 _ROUNDING = 1e-15
@@ -109,3 +109,21 @@ def mixture(a: Term, factor: float = 1.0) -> tuple[list[tuple[float, Term]], flo
         if a.operator is ops.FULL:
             return [], factor * a.params["constant"]
     return [(factor, a)], 0.0
+
+
+def between_sigmoids(a: Term, b: Term) -> Term | None:
+    """The logarithm of the difference of two sigmoids, moved as they were; `None` for other numbers."""
+    x, y = _logit(a), _logit(b)
+    if x is None or y is None:
+        return None
+    return Apply(ops.BETWEEN, (x, y), build.broadcast_shapes(x.shape, y.shape))
+
+
+def _logit(a: Term) -> Term | None:
+    """The x of sigmoid(x), moved as the sigmoid was."""
+    if isinstance(a, Apply) and a.operator is ops.LOG_SIGMOID:
+        return a.args[0]
+    if isinstance(a, Apply) and a.operator.move and len(a.args) == 1:
+        inner = _logit(a.args[0])
+        return None if inner is None else Apply(a.operator, (inner,), a.shape, **a.params)
+    return None

@@ -37,6 +37,10 @@ BINARY_CROSS_ENTROPY = Operator(
     "binary_cross_entropy", f"{_STABLE}.binary_cross_entropy", "-({2} * {0} + (1 - {2}) * {1})", infix=True
 )
 
+# What is known of a tensor that is a logarithm itself: its exponential.
+LOGARITHM = Operator("logarithm", "", "{0}", sign="any")
+NORMALISED = Operator("normalised", "", "", sign="any")
+
 # Sums.
 LOGSUMEXP = Operator("logsumexp", f"{_STABLE}.logsumexp", "torch.logsumexp({0}, dim={dim}, keepdim={keepdim})")
 LOGMEANEXP = Operator(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import is_op, minus, unsigned
-from nanguard.algebra.factors import common_factor, mixture
+from nanguard.algebra.factors import between_sigmoids, common_factor, mixture
 from nanguard.algebra.others import left_out, rest_of_cumsum, rest_of_sum, without
 from nanguard.algebra.term import Apply, Term
 from nanguard.algebra.totals import clamp, full, total, weigh
@@ -56,6 +56,8 @@ def plus_constant(a: Term, constant: float) -> Term:
                 return a.args[0]
             if first == -constant:  # c - p - c
                 return minus(a.args[1])
+        if a.operator is ops.PLUS_CONSTANT and a.params["constant"] == -constant:  # p + c - c
+            return a.args[0]
         if a.operator is ops.EXPM1 and constant >= 1:  # of a smaller one, e^x + (c - 1) would lose the digits
             return plus_constant(a.args[0], constant - 1.0)
         scale, tanh = _times_tanh(a)
@@ -260,13 +262,7 @@ def difference(a: Term, b: Term) -> Term:
     if isinstance(a, Apply):
         if a.operator is ops.NEGATE and _constant(b) == 1.0 and (rest := _rest(a.args[0])) is not None:
             return build.subtract(rest, build.expand(a.args[0], rest.shape))  # 1 / p - 1 = (1 - p) / p
-        x, y = _logit(a), _logit(b)
-        if x is not None and y is not None:
-            return _between_sigmoids(x, y)
-        others = without(a, b)
-        if others is not None:
-            return others
-        found = _factored(a, b) or _of_totals(a, b)
+        found = between_sigmoids(a, b) or without(a, b) or _factored(a, b) or _of_totals(a, b)
         if found is not None:
             return found
     return Apply(ops.DIFFERENCE, (a, b), build.broadcast_shapes(a.shape, b.shape))
@@ -300,17 +296,3 @@ def _of_totals(a: Apply, b: Term) -> Term | None:
         return None
     inner = difference(a.args[0], b.args[0])
     return None if is_op(inner, ops.DIFFERENCE) else total(a.operator, inner, **a.params)
-
-
-def _logit(a: Term) -> Term | None:
-    """The x of sigmoid(x), moved as the sigmoid was."""
-    if isinstance(a, Apply) and a.operator is ops.LOG_SIGMOID:
-        return a.args[0]
-    if isinstance(a, Apply) and a.operator.move and len(a.args) == 1:
-        inner = _logit(a.args[0])
-        return None if inner is None else Apply(a.operator, (inner,), a.shape, **a.params)
-    return None
-
-
-def _between_sigmoids(x: Term, y: Term) -> Term:
-    return Apply(ops.BETWEEN, (x, y), build.broadcast_shapes(x.shape, y.shape))

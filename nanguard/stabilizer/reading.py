@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nanguard.algebra import Apply, Call, Law, Leaf, Operand, Term, Unrecognised, untracked
+from nanguard.algebra.call import is_logarithm
 from nanguard.algebra.operators import FULL
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.knowledge import Knowledge, Known, is_plain, owns_memory
@@ -85,7 +86,7 @@ class Reading:
         self.tensors.append(tensor)
         if not trusted:
             return Operand(Leaf(tensor, tuple(tensor.shape)), None, trusted=False)
-        constant = _constant(tensor, known)
+        constant = _constant(tensor, None if known is not None and is_logarithm(known.outline) else known)
         if constant is not None:
             return Operand(self._leaf(tensor), constant=constant)
         if self._keep_source:

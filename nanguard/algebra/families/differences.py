@@ -11,7 +11,7 @@ from nanguard.algebra.call import Call
 from nanguard.algebra.families.exponential import multiplied
 from nanguard.algebra.pattern import core_is
 from nanguard.algebra.registry import law, rule
-from nanguard.algebra.term import Term, Unrecognised
+from nanguard.algebra.term import Apply, Term, Unrecognised
 
 
 # p - q, p - c, c - p
@@ -53,7 +53,7 @@ def diff(call: Call) -> Term:
     return sums.difference(later, earlier)
 
 
-# -p
+# -p;  -log p = log(1 / p)
 @law(
     """
     torch.neg(input)
@@ -66,6 +66,9 @@ def diff(call: Call) -> Term:
     branch="follows",
 )
 def neg(call: Call) -> Term:
+    p = None if call.known("input") else call.exponential()
+    if p is not None and not p.signed:
+        return Apply(ops.LOGARITHM, (build.negate(p),), p.shape)
     log = call.log()
     if build.is_op(log, ops.EXPM1):
         raise Unrecognised  # log(-expm1(x)) is how log(1 - e^x) is written stably

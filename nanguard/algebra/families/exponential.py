@@ -15,14 +15,14 @@ from nanguard.algebra.registry import law, rule
 from nanguard.algebra.term import Apply, Term, Unrecognised
 
 
-# log exp(x) = x
+# log exp(x) = x,  exp log p = p
 @law(
     "torch.exp(input)\n torch.Tensor.exp(input)\n torch.Tensor.exp_(input)\n torch.exp_(input)",
     source=True,
     branch="singular",
 )
 def exp(call: Call) -> Term:
-    return call.leaf()
+    return call.exponential() or call.leaf()
 
 
 # log 2^x = x log 2
@@ -54,8 +54,8 @@ def exp2(call: Call) -> Term:
     branch="singular",
 )
 def expm1(call: Call) -> Term:
-    x = call.leaf()
-    return Apply(ops.EXPM1, (x,), x.shape)
+    known, x = call.exponential(), call.leaf()
+    return Apply(ops.EXPM1, (x,), x.shape) if known is None else sums.plus_constant(known, -1.0)
 
 
 # log sum p = logsumexp(log p)
