@@ -19,7 +19,7 @@ from torch import Tensor
 from nanguard.algebra import Law, Spelling
 from nanguard.stabilizer.knowledge import is_plain, node_of, storage_key
 
-__all__ = ["BOUNDS", "HARMLESS", "LONGEST", "Branches"]
+__all__ = ["BOUNDS", "HARMLESS", "LARGER", "LONGEST", "SMALLER", "Branches"]
 
 # No function that is remembered has an infinite value or derivative there.
 HARMLESS = 0.5
@@ -29,6 +29,8 @@ _ROOTS = frozenset({"sqrt", "pow"})
 _ENDS = frozenset({"arcsine"})
 # What selects the numbers within bounds.
 BOUNDS = frozenset({"clamp", "clamp_min", "clamp_max"})
+# What selects the larger, or the smaller, of two.
+LARGER, SMALLER = frozenset({"maximum", "max"}), frozenset({"minimum", "min"})
 # Branches are short; a longer computation is a network.
 LONGEST = 12
 
@@ -204,6 +206,8 @@ class Branches:
             return None if taken is None else torch.where(value.isfinite(), taken, value.detach().nan_to_num(**options))
         if name in BOUNDS:
             return self._bounded(bound["input"], bound.get("min"), bound.get("max"))
+        if name in LARGER or name in SMALLER:
+            return self._extreme(name in LARGER, bound["input"], bound.get("other", bound.get("dim")))
         if name == "masked_fill":
             mask: Tensor = bound["mask"]
             taken = self._anew(bound["input"], ~mask)
@@ -224,6 +228,19 @@ class Branches:
         inside = bounded == value.detach()
         taken = self._anew(value, inside)
         return None if taken is None else torch.where(inside, taken, bounded)
+
+    def _extreme(self, larger: bool, one: Any, other: Any) -> Tensor | None:
+        """The larger, or the smaller, of two. Of equals, and beside a NaN, both are taken."""
+        if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+            return None
+        first, second = (one.detach(), other.detach()) if larger else (other.detach(), one.detach())
+        below, above = first < second, second < first
+        new, new_other = self._anew(one, ~below), self._anew(other, ~above)
+        if new is None and new_other is None:
+            return None
+        one, other = one if new is None else new, other if new_other is None else new_other
+        both = torch.maximum(one, other) if larger else torch.minimum(one, other)
+        return torch.where(above, one, torch.where(below, other, both))
 
     def _anew(self, branch: Any, taken: Tensor) -> Tensor | None:
         step = self._find(branch)

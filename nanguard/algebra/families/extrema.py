@@ -36,7 +36,8 @@ def amin(call: Call) -> Term:
     """
     torch.max(input, dim=None, keepdim=False)
     torch.Tensor.max(input, dim=None, keepdim=False)
-    """
+    """,
+    branch="selects",
 )
 def _max(call: Call) -> Term:
     if isinstance(call["dim"], Operand):
@@ -48,7 +49,8 @@ def _max(call: Call) -> Term:
     """
     torch.min(input, dim=None, keepdim=False)
     torch.Tensor.min(input, dim=None, keepdim=False)
-    """
+    """,
+    branch="selects",
 )
 def _min(call: Call) -> Term:
     if isinstance(call["dim"], Operand):
@@ -69,12 +71,12 @@ def _values(call: Call) -> Term:
     return positive(call.log())
 
 
-@law("torch.maximum(input, other)\n torch.Tensor.maximum(input, other)")
+@law("torch.maximum(input, other)\n torch.Tensor.maximum(input, other)", branch="selects")
 def maximum(call: Call) -> Term:
     return _of_two(call, "other", ops.MAXIMUM)
 
 
-@law("torch.minimum(input, other)\n torch.Tensor.minimum(input, other)")
+@law("torch.minimum(input, other)\n torch.Tensor.minimum(input, other)", branch="selects")
 def minimum(call: Call) -> Term:
     return _of_two(call, "other", ops.MINIMUM)
 

@@ -167,8 +167,8 @@ def _with_harmless_numbers(term: Term, names: Names) -> str | None:
 def untaken_branch_with_infinite_derivative(term: Term) -> bool:
     """## What it does
 
-    Finds `torch.where`, `masked_fill`, `nan_to_num` and bounds over logarithms, quotients, roots and exponentials of numbers
-    that have no finite derivative where the branch is not taken.
+    Finds `torch.where`, `masked_fill`, `nan_to_num`, bounds, and the larger or smaller of two, over logarithms, quotients,
+    roots and exponentials of numbers that have no finite derivative where the branch is not taken.
 
     ## Why is this bad
 
