@@ -23,7 +23,7 @@ from nanguard.diagnosis.reach import needed
 from nanguard.diagnosis.recording import Trace
 from nanguard.diagnosis.records import Descent, Evidence, Mark, Place, Record, Source, Write, storage_of
 from nanguard.diagnosis.regions import carried_over
-from nanguard.diagnosis.statistics import describe_tensor, nonfinite, plain, stored
+from nanguard.diagnosis.statistics import anywhere, describe_tensor, nonfinite, plain, stored
 from nanguard.incident import Origin
 
 __all__ = ["Finding", "blame"]
@@ -147,7 +147,7 @@ class _Walk:
         found = []
         if evidence is not None:
             new = evidence.new if wanted is None or wanted.shape != evidence.new.shape else evidence.new & wanted
-            if bool(new.any()) or not sources:
+            if anywhere(new) or not sources:
                 found.append(_End(record, rows=new))
         if record.backward:
             gradients = [source for source in sources if not source.saved]
@@ -158,7 +158,7 @@ class _Walk:
             return [_End(record, rows=record.writes[0].value.bad)]
         for source in sources:
             part = needed(record, source, wanted)
-            if part is not None and bool(part.any()):
+            if part is not None and anywhere(part):
                 found += self._enter(record, source, part)
         return found
 
@@ -197,11 +197,11 @@ class _Walk:
                 self._push(write.record, None, user)
                 continue
             mine = left & written
-            if bool(mine.any()):
+            if anywhere(mine):
                 back = carried_over(tensor, mine, write.value.tensor)
                 self._push(write.record, None if back is None else back & write.value.bad, user)
                 left = left & ~mine
-        return bool(left.any())
+        return anywhere(left)
 
     # -- infinities that were meant
 
