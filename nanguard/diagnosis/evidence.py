@@ -117,7 +117,7 @@ def evidence_of(
         masked: which elements of a gradient are 0 because a mask of the program made them so.
         continued: whether to look at all bad elements, also those that came in.
     """
-    bad = record.writes[0].value.bad
+    bad = record.values[0].bad
     if bad is None:
         return None
     carriers = [source for source in record.sources if source.value.bad is not None]

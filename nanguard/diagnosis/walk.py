@@ -155,7 +155,7 @@ class _Walk:
                 return found + [end for source in sources for end in self._met(record, source)]
             sources = gradients
         if record.row_masked and sources and all(_only_masks(source) for source in sources):
-            return [_End(record, rows=record.writes[0].value.bad)]
+            return [_End(record, rows=record.values[0].bad)]
         for source in sources:
             part = needed(record, source, wanted)
             if part is not None and anywhere(part):
@@ -219,7 +219,7 @@ class _Walk:
         masked = [record for record in seen if record.row_masked]
         if masked:
             first = min(masked, key=lambda record: record.index)
-            return _End(first, rows=first.writes[0].value.meant)
+            return _End(first, rows=first.values[0].meant)
         carrying = [record for record in seen if record.sources]
         reducing = [record for record in carrying if _reduces(record)]
         return _End(min(reducing or carrying or seen, key=lambda record: record.index))
@@ -227,7 +227,7 @@ class _Walk:
 
 def _reduces(record: Record) -> bool:
     """Whether many elements became one."""
-    return record.writes[0].value.tensor.ndim == 0 and any(source.value.tensor.ndim > 0 for source in record.sources)
+    return record.values[0].tensor.ndim == 0 and any(source.value.tensor.ndim > 0 for source in record.sources)
 
 
 def _behind(end: _End, behind: Record) -> _End:
@@ -292,5 +292,5 @@ def _finding(trace: Trace, end: _End, *, reached: bool = False) -> Finding:
         caller=place,
         forward=inner,
         told=(told.kernel, told.given),
-        dtype=record.writes[0].value.tensor.dtype if record.writes else None,
+        dtype=record.values[0].tensor.dtype if record.values else None,
     )
