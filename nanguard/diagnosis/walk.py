@@ -126,7 +126,9 @@ class _Walk:
         found: list[_End] = []
         while self._queue:
             _, record = heapq.heappop(self._queue)
-            found += self._visit(record, self._wanted[record])
+            wanted = self._wanted[record]
+            self._wanted[record] = None  # nothing comes back to it: what it was given is older than itself
+            found += self._visit(record, wanted)
         return found
 
     def _push(self, record: Record, mask: Tensor | None, user: Record | None) -> None:
@@ -163,6 +165,9 @@ class _Walk:
         return found
 
     def _enter(self, record: Record, source: Source, part: Tensor) -> list[_End]:
+        if not source.external and [write.value for write in source.writes] == [source.value]:
+            self._push(source.writes[0].record, part, record)  # written as a whole
+            return []
         left = self._follow(source.value.tensor, part, source.writes, record)
         if source.external and (not source.writes or left):
             return [_End(self._beyond_copies(record), external=source.value.tensor, rows=None)]
@@ -200,7 +205,7 @@ class _Walk:
             if anywhere(mine):
                 back = carried_over(tensor, mine, write.value.tensor)
                 self._push(write.record, None if back is None else back & write.value.bad, user)
-                left = left & ~mine
+                left = left > mine  # without them
         return anywhere(left)
 
     # -- infinities that were meant
