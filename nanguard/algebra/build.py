@@ -130,6 +130,8 @@ def shift(a: Term, constant: float) -> Term:
     flip, a = unsigned(a)
     if isinstance(a, Apply) and a.operator is ops.SHIFT:
         constant, a = a.params["other"] + constant, a.args[0]
+    if math.isnan(constant):  # 0 / 0
+        raise Unrecognised
     none = abs(constant) < 1e-15  # what log c and -log c leave over
     return _with_sign(flip, a if none else Apply(ops.SHIFT, (a,), a.shape, other=constant))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from nanguard.algebra import operators as ops
 from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term
 
@@ -26,6 +28,7 @@ __all__ = [
     "operators",
     "renormalises",
     "unshifted",
+    "vanishes",
 ]
 
 # Epsilons are at most that large.
@@ -69,6 +72,16 @@ def constant_of(term: Term) -> float | None:
 def is_constant(term: Term) -> bool:
     """Whether every element is the same number."""
     return constant_of(term) is not None
+
+
+def vanishes(term: Term) -> bool:
+    """Whether it was multiplied by 0, so that there is nothing left to be exact about."""
+    if not isinstance(term, Apply):
+        return False
+    if term.operator is ops.SHIFT and math.isinf(term.params["other"]):
+        return True
+    some = any if term.operator in (ops.ADD, ops.SUBTRACT) else all
+    return bool(term.args) and some(map(vanishes, term.args))
 
 
 def core_is(term: Term, *names: Operator, through_scale: bool = True, through_negation: bool = True) -> bool:

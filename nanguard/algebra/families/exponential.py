@@ -130,11 +130,10 @@ def multiplied(call: Call, name: str) -> Term:
 @law("torch.lerp(input, end, weight)\n torch.Tensor.lerp(input, end, weight)")
 def lerp(call: Call) -> Term:
     weight = call.number("weight")
-    if not 0 < weight < 1:
+    if not 0 <= weight <= 1:
         raise Unrecognised
-    return sums.logaddexp(
-        build.shift(call.log("input"), math.log(1 - weight)), build.shift(call.log("end"), math.log(weight))
-    )
+    start, end = (math.log(part) if part else -math.inf for part in (1 - weight, weight))
+    return sums.logaddexp(build.shift(call.log("input"), start), build.shift(call.log("end"), end))
 
 
 def _flag(call: Call, name: str) -> bool:
