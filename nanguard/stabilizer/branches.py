@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nanguard.algebra import Law, Spelling
+from nanguard.stabilizer.foreign import addresses_of_foreign, lie_in
 from nanguard.stabilizer.knowledge import is_plain, node_of, storage_key
 
 __all__ = ["BOUNDS", "HARMLESS", "LARGER", "LONGEST", "SMALLER", "Branches"]
@@ -95,13 +96,15 @@ class _Step:
         """Whether its result is still as it was computed, in value and derivative."""
         return tensor._version == self.version and node_of(tensor) == self.node
 
-    def shares(self, storage: int) -> bool:
+    def shares(self, storage: int, addresses: range | None) -> bool:
         """Whether its result, or anything that it was computed from, lies in that memory."""
         for entry in (self.result(), *self.arguments):
             if isinstance(entry, _Step):
-                if entry.shares(storage):
+                if entry.shares(storage, addresses):
                     return True
-            elif isinstance(entry, Tensor) and storage_key(entry) == storage:
+            elif isinstance(entry, Tensor) and (
+                storage_key(entry) == storage or (addresses is not None and lie_in((entry,), addresses))
+            ):
                 return True
         return False
 
@@ -153,7 +156,8 @@ class Branches:
         """Forget what shares memory with a tensor about to be edited: `.data` shares memory, but no version counter."""
         storage = storage_key(tensor) if self._steps and isinstance(tensor, Tensor) else None
         if storage is not None:
-            for key in [key for key, step in self._steps.items() if step.shares(storage)]:
+            addresses = addresses_of_foreign(tensor)
+            for key in [key for key, step in self._steps.items() if step.shares(storage, addresses)]:
                 del self._steps[key]
 
     def note(
