@@ -283,6 +283,8 @@ SPECIAL = {
     ("new_zeros", "size"): (3, 3),
     ("new_ones", "size"): (3, 3),
     ("zeros", "size"): (3, 3),
+    ("new_empty", "size"): (3, 3),
+    ("empty", "size"): (3, 3),
     ("ones", "size"): (3, 3),
     ("__rpow__", "exponent"): X,
     ("__rpow__", "input"): 2.5,
@@ -297,6 +299,13 @@ SPECIAL = {
     ("xlog1py", "other"): X,
 }
 OPTIONAL = {"min", "max", "dims", "p", "training"}
+
+
+def filled(buffer, p):
+    buffer[0], buffer[1:] = p[0], p[1:]
+    return buffer
+
+
 # What shows that a number is known whose logarithm itself is no help.
 SHOWN_BY = {
     "neg": lambda result, p: torch.log(1 + result),
@@ -312,6 +321,7 @@ SHOWN_BY = {
     "tanh": lambda result, p: torch.log(1 - result),
     "zeros": lambda result, p: torch.log(result + p),
     "ones": lambda result, p: torch.log(result - p),
+    "empty": lambda result, p: torch.log(filled(result, p)),
     "prod": lambda result, p: torch.log(result),
 }
 POSITIVE = {"expm1", "sinh", "prod"}

@@ -119,3 +119,8 @@ REPEAT_INTERLEAVE = Operator(
 WRITTEN = Operator("written", f"{_STABLE}.written", "{1}.index_put({key}, {0})", move=True)
 CAT = Operator("cat", f"{_STABLE}.cat", "torch.cat([{all}], dim={dim})", move=True)
 STACK = Operator("stack", f"{_STABLE}.stack", "torch.stack([{all}], dim={dim})", move=True)
+
+# Of what is not known yet, or not by itself: other laws than those that finish it see a tensor that nothing is known of.
+EMPTY = Operator("empty", "", "{0}", sign="any")
+FILLING = Operator("filling", "", "{0}", sign="any")
+UNFINISHED = frozenset({EMPTY, FILLING})
