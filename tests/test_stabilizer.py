@@ -285,6 +285,13 @@ SPECIAL = {
     ("zeros", "size"): (3, 3),
     ("new_empty", "size"): (3, 3),
     ("empty", "size"): (3, 3),
+    ("unfold", "dimension"): 1,
+    ("unfold", "size"): 2,
+    ("unfold", "step"): 1,
+    ("matrix_power", "n"): 3,
+    ("scatter_reduce", "reduce"): "sum",
+    ("embedding", "input"): INDEX,
+    ("embedding", "weight"): P,
     ("ones", "size"): (3, 3),
     ("__rpow__", "exponent"): X,
     ("__rpow__", "input"): 2.5,
@@ -345,7 +352,7 @@ def arguments(law, spelling, known):
 
 
 def shaped(method, p, q):
-    if method == "bmm":
+    if method in ("bmm", "baddbmm"):
         return p[None], q[None]
     return (p, q[0]) if method == "mv" else (p[0], q[0]) if method in ("dot", "outer", "ger") else (p, q)
 

@@ -54,6 +54,8 @@ SCATTER_ADD = Operator(
     "scatter_logaddexp", f"{_STABLE}.scatter_logaddexp", "{0}.exp().scatter_add({dim}, {index}, {1}.exp()).log()"
 )
 
+NAN_TO_ZERO = Operator("nan_to_zero", f"{_STABLE}.nan_to_zero", "{0}.nan_to_num(nan=-math.inf)", sign="positive")
+
 # Bounds, extrema and masks.
 FLOOR_ZERO = Operator("floor_zero", f"{_STABLE}.floor_zero", "{0}", sign="positive")
 CLAMP_MIN = Operator("clamp_min", f"{_STABLE}.clamp_min", "{0}.clamp(min=math.log({constant}))", sign="positive")
@@ -72,6 +74,9 @@ LOGADDEXP_AT = Operator(
     "index_logaddexp", f"{_STABLE}.index_logaddexp", "{0}.exp().index_add({dim}, {index}, {1}.exp()).log()"
 )
 LOG_TAIL = Operator("log_tail", f"{_STABLE}.log_tail", "torch.log1p(-F.softmax({0}, {dim}).cumsum({dim}))")
+SCATTER_EXTREME = Operator(
+    "scatter_extreme", f"{_STABLE}.scatter_extreme", "{0}.scatter_reduce({dim}, {index}, {1}, {reduce})", fresh=False
+)
 MAXIMUM = Operator("maximum", "torch.maximum", "torch.maximum({0}, {1})")
 MINIMUM = Operator("minimum", "torch.minimum", "torch.minimum({0}, {1})")
 MASKED = Operator("masked_fill", "torch.masked_fill", "{0}.masked_fill({mask}, {value})")
@@ -116,6 +121,7 @@ REPEAT = Operator("repeat", "torch.tile", "{0}.repeat({dims})", move=True)
 REPEAT_INTERLEAVE = Operator(
     "repeat_interleave", "torch.repeat_interleave", "{0}.repeat_interleave({repeats}, {dim})", move=True
 )
+UNFOLD = Operator("unfold", "torch.Tensor.unfold", "{0}.unfold({dimension}, {size}, {step})", fresh=False, move=True)
 WRITTEN = Operator("written", f"{_STABLE}.written", "{1}.index_put({key}, {0})", move=True)
 CAT = Operator("cat", f"{_STABLE}.cat", "torch.cat([{all}], dim={dim})", move=True)
 STACK = Operator("stack", f"{_STABLE}.stack", "torch.stack([{all}], dim={dim})", move=True)

@@ -34,7 +34,7 @@ LARGEST_EPSILON = 1e-3
 # What may stand around the computation that a rule names: constants, bounds, masks.
 _WRAPPERS = frozenset(
     {ops.SHIFT, ops.CLAMP_MIN, ops.CLAMP_MAX, ops.FLOOR_ZERO, ops.MINUS, ops.XLOGY, ops.ENTR, ops.PADDED}
-    | {ops.AMAX, ops.AMIN, ops.EXTREME, ops.SORTED, ops.TOPK, ops.MAXIMUM, ops.MINIMUM}
+    | {ops.AMAX, ops.AMIN, ops.EXTREME, ops.SORTED, ops.TOPK, ops.MAXIMUM, ops.MINIMUM, ops.SCATTER_EXTREME}
 )
 _PICKS = frozenset(
     {ops.INDEX, ops.GATHER, ops.TAKE_ALONG_DIM, ops.INDEX_SELECT, ops.MASKED_SELECT, ops.SELECT, ops.TAKE}
@@ -89,7 +89,7 @@ def is_selection(term: Term) -> bool:
 def is_part(term: Term) -> bool:
     """Whether elements were left out."""
     while isinstance(term, Apply) and (_is_wrapper(term) or term.operator in (ops.SCALE, ops.NEGATE)):
-        if term.operator in _PICKS or term.operator in (ops.NARROW, ops.DIAGONAL):
+        if term.operator in _PICKS or term.operator in (ops.NARROW, ops.DIAGONAL, ops.UNFOLD):
             return True
         term = _inside(term)
     return False

@@ -223,3 +223,23 @@ def _base(call: Call) -> Term:
 def scatter_add(call: Call) -> Term:
     log = _base(call)
     return totals.scatter_add(log, call.log("src"), call.dim(log.shape), call.index("index"))
+
+
+# the sum, the largest or the smallest of what falls on each place
+@law(
+    """
+    torch.scatter_reduce(input, dim, index, src, reduce, *, include_self=True)
+    torch.Tensor.scatter_reduce(input, dim, index, src, reduce, *, include_self=True)
+    torch.Tensor.scatter_reduce_(input, dim, index, src, reduce, *, include_self=True)
+    """
+)
+def scatter_reduce(call: Call) -> Term:
+    log, reduce, index = _base(call), call["reduce"], call.index("index")
+    source, dim = positive(call.log("src")), call.dim(log.shape)
+    if not call["include_self"] or source.shape != index.shape:
+        raise Unrecognised
+    if reduce == "sum":
+        return totals.scatter_add(log, source, dim, index)
+    if reduce not in ("amax", "amin"):
+        raise Unrecognised
+    return Apply(ops.SCATTER_EXTREME, (log, source), log.shape, dim=dim, index=index, reduce=reduce)
