@@ -326,6 +326,7 @@ SHOWN_BY = {
     "triu": lambda result, p: torch.log(result.sum(0)),
     "diag_embed": lambda result, p: torch.log(result.sum(1)),
     "tanh": lambda result, p: torch.log(1 - result),
+    "erf": lambda result, p: torch.log(1 - result),
     "zeros": lambda result, p: torch.log(result + p),
     "ones": lambda result, p: torch.log(result - p),
     "empty": lambda result, p: torch.log(filled(result, p)),

@@ -33,12 +33,10 @@ __all__ = [
     "logcumsumexp",
     "logmeanexp",
     "logsumexp",
-    "nan_to_zero",
     "on_diagonal",
     "pad",
     "plus_constant",
     "reshape",
-    "scatter_extreme",
     "scatter_logaddexp",
     "set_item",
     "sigmoid",
@@ -154,16 +152,6 @@ def scatter_logaddexp(l: Tensor, m: Tensor, dim: int, index: Tensor) -> Tensor: 
     total = torch.exp(l - top).scatter_add(dim, index, torch.exp(m - top.gather(dim, index)))
     dead = total.detach() == 0
     return top + total.masked_fill(dead, 1.0).log().masked_fill(dead, -math.inf)
-
-
-def scatter_extreme(l: Tensor, m: Tensor, dim: int, index: Tensor, reduce: str) -> Tensor:  # noqa: E741
-    """`l`, or what of `m` falls on the same place of `index` along `dim`, whichever is largest, or smallest."""
-    return l.scatter_reduce(dim, index, m, reduce)
-
-
-def nan_to_zero(l: Tensor) -> Tensor:  # noqa: E741
-    """`l`, but -inf where it is NaN."""
-    return l.masked_fill(l.detach().isnan(), -math.inf)
 
 
 def xlogy(l: Tensor, x: Tensor) -> Tensor:  # noqa: E741
