@@ -148,6 +148,11 @@ def logsigmoid(a: Term) -> Term:
     return Apply(ops.LOG_SIGMOID, (a,), a.shape)
 
 
+def log_ndtr(a: Term) -> Term:
+    """The logarithm of the normal distribution function."""
+    return Apply(ops.LOG_NDTR, (a,), a.shape)
+
+
 def expand(a: Term, shape: Shape) -> Term:
     """Elements repeated along new or single dims."""
     flip, a = unsigned(a)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, final
 
-from nanguard.algebra.operators import FULL
+from nanguard.algebra.operators import FULL, UNFINISHED
 from nanguard.algebra.term import Apply, Leaf, Shape, Term, Unrecognised
 
 __all__ = ["Call", "Operand"]
@@ -22,9 +22,11 @@ class Operand:
         trusted: whether a term may depend on it: a plain tensor that nothing edits unseen.
         real: whether it is of a real floating dtype.
         constant: the number that all its elements are, where that is known.
+        mask: whether it is of bools.
+        begun: a term that is no logarithm yet, such as that of memory that is being filled.
     """
 
-    __slots__ = ("constant", "leaf", "log", "real", "trusted")
+    __slots__ = ("begun", "constant", "leaf", "log", "mask", "real", "trusted")
 
     def __init__(
         self,
@@ -33,9 +35,13 @@ class Operand:
         trusted: bool = True,
         real: bool = True,
         constant: float | None = None,
+        mask: bool = False,
     ) -> None:
+        unfinished = isinstance(log, Apply) and log.operator in UNFINISHED
         self.leaf = leaf
-        self.log = log
+        self.log = None if unfinished else log
+        self.begun = log if unfinished else None
+        self.mask = mask
         self.trusted = trusted
         self.real = real
         self.constant = constant
@@ -114,6 +120,11 @@ class Call:
         """Whether the logarithm of that argument is known."""
         value = self.arguments[name]
         return isinstance(value, Operand) and value.log is not None
+
+    def begun(self, name: str = "input") -> Term | None:
+        """What is known of an operand whose logarithm is not."""
+        value = self.arguments[name]
+        return value.begun if isinstance(value, Operand) else None
 
     def is_number(self, name: str) -> bool:
         """Whether that argument is a number, or a tensor of one number only."""

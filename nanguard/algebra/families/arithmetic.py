@@ -180,11 +180,14 @@ def square(call: Call) -> Term:
     return build.scale(call.log(), 2.0)
 
 
-# |p| = p
+# |p| = p, and |t - p| for a tensor t, such as labels
 @law(
     "torch.abs(input)\n torch.absolute(input)\n torch.Tensor.abs(input)\n torch.Tensor.__abs__(input)", branch="follows"
 )
 def _abs(call: Call) -> Term:
+    begun = call.begun()
+    if isinstance(begun, Apply) and begun.operator is ops.OFFSET:
+        return Apply(ops.DISTANCE, begun.args, begun.shape, difference=call.index("input"), **begun.params)
     return build.positive(call.log())
 
 

@@ -70,6 +70,19 @@ def _sum(call: Call) -> Term:
     return totals.logsumexp(log, call.dims(log.shape), _flag(call, "keepdim"))
 
 
+# the same without what is NaN
+@law(
+    """
+    torch.nansum(input, dim=None, keepdim=False, *, dtype=None)
+    torch.Tensor.nansum(input, dim=None, keepdim=False, *, dtype=None)
+    """
+)
+def nansum(call: Call) -> Term:
+    log = build.positive(call.log())
+    numbers = Apply(ops.NAN_TO_ZERO, (log,), log.shape)
+    return totals.logsumexp(numbers, call.dims(log.shape), _flag(call, "keepdim"))
+
+
 # log mean p = logsumexp(log p) - log n
 @law(
     """

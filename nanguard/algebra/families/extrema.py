@@ -91,6 +91,22 @@ def _of_two(call: Call, other: str, operator: Operator) -> Term:
     return build.expand(bounded, call.shape)
 
 
+# what is positive stays as it is
+@law(
+    """
+    torch.relu(input)
+    torch.relu_(input)
+    torch.Tensor.relu(input)
+    torch.Tensor.relu_(input)
+    torch.nn.functional.relu(input, inplace=False)
+    """
+)
+def relu(call: Call) -> Term:
+    if call.arguments.get("inplace"):
+        raise Unrecognised
+    return positive(call.log())
+
+
 # p where it is above a bound, else the bound
 @law("torch.nn.functional.threshold(input, threshold, value, inplace=False)\n torch.threshold(input, threshold, value)")
 def threshold(call: Call) -> Term:
