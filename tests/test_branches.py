@@ -50,6 +50,14 @@ def norm(x, y):
     return torch.where(taken, torch.sqrt(squares), squares)
 
 
+def larger(x, y):
+    return torch.maximum(-torch.exp(y) * 0.5, x - 8.0)
+
+
+def smaller(x, y):
+    return torch.min(torch.exp(y), 2.0 + 0.0 * x)
+
+
 def made_finite(x, y):
     return torch.nan_to_num(x * torch.log(y), nan=0.0)
 
@@ -66,6 +74,8 @@ CASES = {
     inverse_sine: lambda x: x.abs() < 1,
     inverse_cosine: lambda x: x.abs() < 1,
     made_finite: lambda x: x > 0,
+    larger: lambda x: x <= 2,
+    smaller: lambda x: x <= 0.5,
 }
 
 
@@ -177,6 +187,54 @@ def test_beyond_bounds_the_derivative_is_zero(name, compiled):
     assert [swap.rule for swap in swaps] == ["NG401"]
     assert torch.equal(value, plain)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+
+CLIPPED = {
+    "min": lambda r, a: -torch.min(r * a, torch.clamp(r, 0.8, 1.2) * a),
+    "max": lambda r, a: torch.max(-a * r, -a * torch.clamp(r, 0.8, 1.2)),
+    "method": lambda r, a: -(r * a).minimum(r.clamp(0.8, 1.2) * a),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", CLIPPED)
+def test_a_clipped_surrogate(name, compiled):
+    """PPO, where the new policy is far more likely than the old one to act as it did: the bounded term is taken."""
+    advantages = torch.tensor([1.0, 1.0, -2.0, 1.5, 2.0])
+
+    def loss(x):
+        return CLIPPED[name](torch.exp(x), advantages)
+
+    x = torch.tensor([200.0, 0.1, -5.0, 0.0, 0.5])
+    plain, slope = value_and_gradient(loss, x)
+    assert slope.isnan().tolist() == [True, False, False, False, False]
+    torch._dynamo.reset()
+    with nanguard.stabilize() as swaps:
+        value, gradient = value_and_gradient(torch.compile(loss, backend="aot_eager") if compiled else loss, x)
+    assert {swap.rule for swap in swaps} == {"NG401"}
+    assert torch.equal(value, plain)
+    assert torch.equal(gradient, slope.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("larger", [True, False])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_of_equals_both_are_taken_and_of_a_nan_all(larger, compiled):
+    select = torch.maximum if larger else torch.minimum
+    sign = -1.0 if larger else 1.0
+
+    def loss(x, y):
+        return select(sign * torch.exp(x), sign * torch.exp(y) * 1.0)
+
+    x = torch.tensor([200.0, 1.0, 1.0, 2.0, torch.nan, 0.0])
+    other = torch.tensor([1.0, 200.0, 1.0, 3.0, 1.0, torch.nan])
+    expected = value_and_gradient(loss, x, other)
+    torch._dynamo.reset()
+    with nanguard.stabilize():
+        found = value_and_gradient(torch.compile(loss, backend="aot_eager") if compiled else loss, x, other)
+    assert torch.equal(found[0].nan_to_num(7.0), expected[0].nan_to_num(7.0))
+    torch.testing.assert_close(found[1][1:], expected[1][1:], rtol=0, atol=0, equal_nan=True)
+    assert found[1][0] == 0
+    assert expected[1][0].isnan()
 
 
 class Reversed(torch.autograd.Function):

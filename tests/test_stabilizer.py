@@ -283,6 +283,15 @@ SPECIAL = {
     ("new_zeros", "size"): (3, 3),
     ("new_ones", "size"): (3, 3),
     ("zeros", "size"): (3, 3),
+    ("new_empty", "size"): (3, 3),
+    ("empty", "size"): (3, 3),
+    ("unfold", "dimension"): 1,
+    ("unfold", "size"): 2,
+    ("unfold", "step"): 1,
+    ("matrix_power", "n"): 3,
+    ("scatter_reduce", "reduce"): "sum",
+    ("embedding", "input"): INDEX,
+    ("embedding", "weight"): P,
     ("ones", "size"): (3, 3),
     ("__rpow__", "exponent"): X,
     ("__rpow__", "input"): 2.5,
@@ -297,6 +306,13 @@ SPECIAL = {
     ("xlog1py", "other"): X,
 }
 OPTIONAL = {"min", "max", "dims", "p", "training"}
+
+
+def filled(buffer, p):
+    buffer[0], buffer[1:] = p[0], p[1:]
+    return buffer
+
+
 # What shows that a number is known whose logarithm itself is no help.
 SHOWN_BY = {
     "neg": lambda result, p: torch.log(1 + result),
@@ -313,8 +329,10 @@ SHOWN_BY = {
     "log_softmax": lambda result, p: torch.log(1 - result.exp()),
     "logsigmoid": lambda result, p: torch.log(1 - result.exp()),
     "softplus": lambda result, p: torch.log(result.exp() - 1),
+    "erf": lambda result, p: torch.log(1 - result),
     "zeros": lambda result, p: torch.log(result + p),
     "ones": lambda result, p: torch.log(result - p),
+    "empty": lambda result, p: torch.log(filled(result, p)),
     "prod": lambda result, p: torch.log(result),
 }
 POSITIVE = {"expm1", "sinh", "prod"}
@@ -338,7 +356,7 @@ def arguments(law, spelling, known):
 
 
 def shaped(method, p, q):
-    if method == "bmm":
+    if method in ("bmm", "baddbmm"):
         return p[None], q[None]
     return (p, q[0]) if method == "mv" else (p[0], q[0]) if method in ("dot", "outer", "ger") else (p, q)
 

@@ -55,6 +55,20 @@ MISUSES = {
     ),
     "cross entropy, moved": (lambda x: F.cross_entropy(torch.softmax(x, 1)[:, :3].float(), Y % 3), 1, "NG301"),
     "cross entropy, smoothed": (lambda x: F.cross_entropy(x.softmax(1), Y, label_smoothing=0.1), 1, "NG301"),
+    "with logits": (lambda x: F.binary_cross_entropy_with_logits(x.sigmoid(), labels(x)), 1, "NG307"),
+    "with logits, by module": (
+        lambda x: nn.BCEWithLogitsLoss()(nn.Sigmoid()(x).flatten(), labels(x).flatten()),
+        1,
+        "NG307",
+    ),
+    "with logits, softmax": (
+        lambda x: F.binary_cross_entropy_with_logits(x.softmax(1)[:, 1], labels(x)[:, 0]),
+        1,
+        "NG307",
+    ),
+    "log-softmax": (lambda x: F.log_softmax(F.softmax(x, 1), 1), 1, "NG308"),
+    "log-softmax, by module": (lambda x: nn.LogSoftmax(1)(nn.Softmax(1)(x)), 1, "NG308"),
+    "log-softmax, by method": (lambda x: (x.exp() / x.exp().sum(1, keepdim=True)).log_softmax(-1), 1, "NG308"),
     "nll": (lambda x: F.nll_loss(torch.softmax(x, 1), Y), 1, "NG302"),
     "nll, by module": (lambda x: nn.NLLLoss()(torch.softmax(x, 1) + 1e-6, Y), 1, "NG302"),
     "kl": (lambda x: F.kl_div(torch.softmax(x, 1), torch.softmax(x, 0).detach(), reduction="sum"), 1, "NG302"),
@@ -86,6 +100,12 @@ INNOCENTS = {
     "cross entropy over another dim": lambda x: F.cross_entropy(torch.softmax(x, 0), Y),
     "soft targets": lambda x: F.cross_entropy(x, torch.softmax(x.detach(), 1)),
     "smoothed targets": lambda x: F.cross_entropy(x, F.one_hot(Y, 4) * 0.9 + 0.025),
+    "with logits of a softmax layer": lambda x: F.binary_cross_entropy_with_logits(x.softmax(1) @ x, labels(x)),
+    "with logits of scaled probabilities": lambda x: F.binary_cross_entropy_with_logits(8 * x.sigmoid() - 4, labels(x)),
+    "soft labels with logits": lambda x: F.binary_cross_entropy_with_logits(x, x.detach().sigmoid()),
+    "log-softmax over another dim": lambda x: F.log_softmax(F.softmax(x, 1), 0),
+    "log-softmax with a temperature": lambda x: F.log_softmax(F.softmax(x, 1) / 0.1, 1),
+    "log-softmax of attention": lambda x: torch.log_softmax(F.softmax(x, 1) @ x, 1),
     "nll": lambda x: F.nll_loss(F.log_softmax(x, 1), Y),
     "nll of a log": lambda x: F.nll_loss(torch.log(torch.softmax(x, 1)), Y),
     "nll of a log in place": lambda x: F.nll_loss(torch.softmax(x, 1).clone().log_(), Y),
@@ -351,7 +371,7 @@ class TestReporting:
 
 def test_every_rule_of_this_kind_has_something_to_say():
     found = [known for known in rules() if known.kind == "advice"]
-    assert [known.code for known in found] == [f"NG30{number}" for number in range(1, 7)]
+    assert [known.code for known in found] == [f"NG30{number}" for number in range(1, 9)]
     assert all(known.advice for known in found)
     assert not any(known.advice for known in rules() if known.kind != "advice")
     assert lookup("ng301").name == "softmax-into-cross-entropy"

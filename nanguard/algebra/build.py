@@ -130,6 +130,8 @@ def shift(a: Term, constant: float) -> Term:
     flip, a = unsigned(a)
     if isinstance(a, Apply) and a.operator is ops.SHIFT:
         constant, a = a.params["other"] + constant, a.args[0]
+    if math.isnan(constant):  # 0 / 0
+        raise Unrecognised
     none = abs(constant) < 1e-15  # what log c and -log c leave over
     return _with_sign(flip, a if none else Apply(ops.SHIFT, (a,), a.shape, other=constant))
 
@@ -144,6 +146,11 @@ def log_softmax(a: Term, dim: int) -> Term:
 def logsigmoid(a: Term) -> Term:
     """Rests on log sigmoid(x)."""
     return Apply(ops.LOG_SIGMOID, (a,), a.shape)
+
+
+def log_ndtr(a: Term) -> Term:
+    """The logarithm of the normal distribution function."""
+    return Apply(ops.LOG_NDTR, (a,), a.shape)
 
 
 def expand(a: Term, shape: Shape) -> Term:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, final
 
-from nanguard.algebra.operators import FULL, LOG_SOFTMAX, LOGARITHM, NORMALISED
+from nanguard.algebra.operators import FULL, LOG_SOFTMAX, LOGARITHM, NORMALISED, UNFINISHED
 from nanguard.algebra.term import Apply, Leaf, Shape, Term, Unrecognised
 
-__all__ = ["Call", "Operand", "is_logarithm", "normal_dim"]
+__all__ = ["Call", "Operand", "is_logarithm"]
 
 
 @final
@@ -19,13 +19,14 @@ class Operand:
     Attributes:
         leaf: the tensor as it is now.
         log: its logarithm, where that is known.
-        exponential: what is known of its exponential, where it is a logarithm itself.
         trusted: whether a term may depend on it: a plain tensor that nothing edits unseen.
         real: whether it is of a real floating dtype.
         constant: the number that all its elements are, where that is known.
+        mask: whether it is of bools.
+        begun: a term that is no logarithm yet, such as that of memory that is being filled.
     """
 
-    __slots__ = ("constant", "exponential", "leaf", "log", "real", "trusted")
+    __slots__ = ("begun", "constant", "leaf", "log", "mask", "real", "trusted")
 
     def __init__(
         self,
@@ -34,11 +35,13 @@ class Operand:
         trusted: bool = True,
         real: bool = True,
         constant: float | None = None,
+        mask: bool = False,
     ) -> None:
-        inverse = log is not None and is_logarithm(log)
+        unfinished = isinstance(log, Apply) and log.operator in UNFINISHED
         self.leaf = leaf
-        self.log = None if inverse else log
-        self.exponential = log if inverse else None
+        self.log = None if unfinished else log
+        self.begun = log if unfinished else None
+        self.mask = mask
         self.trusted = trusted
         self.real = real
         self.constant = constant
@@ -87,12 +90,11 @@ class Call:
 
     def exponential(self, name: str = "input") -> Term | None:
         """The logarithm of the exponential of an operand, where more is known than that it is the operand."""
-        value = self.arguments[name]
-        found = value.exponential if isinstance(value, Operand) else None
-        if not isinstance(found, Apply):
-            return None
-        if found.operator is LOGARITHM:
+        found = self.begun(name)
+        if isinstance(found, Apply) and found.operator is LOGARITHM:
             return found.args[0]
+        if not isinstance(found, Apply) or found.operator is not NORMALISED:
+            return None
         # It is its own softmax: one that keeps the digits where it rounds to 0.
         return Apply(LOG_SOFTMAX, (self.leaf(name),), found.shape, **found.params)
 
@@ -128,6 +130,11 @@ class Call:
         """Whether the logarithm of that argument is known."""
         value = self.arguments[name]
         return isinstance(value, Operand) and value.log is not None
+
+    def begun(self, name: str = "input") -> Term | None:
+        """What is known of an operand whose logarithm is not."""
+        value = self.arguments[name]
+        return value.begun if isinstance(value, Operand) else None
 
     def is_number(self, name: str) -> bool:
         """Whether that argument is a number, or a tensor of one number only."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from nanguard.algebra.families.epsilon import drop_epsilons
 from nanguard.algebra.linear import exponential, fails_in_gradient_only
 from nanguard.algebra.operators import FLOOR_ZERO
-from nanguard.algebra.pattern import is_softmax_of_logits, unshifted
+from nanguard.algebra.pattern import is_softmax_of_logits, unshifted, vanishes
 from nanguard.algebra.registry import Rule, lookup, match
 from nanguard.algebra.term import Apply, Term, Unrecognised
 
@@ -29,7 +29,7 @@ def for_logarithm(
         if floored is not None and floor is not None:
             return lookup("NG303"), Apply(FLOOR_ZERO, (floored,), term.shape, constant=floor)
         term = drop_epsilons(term) if drop and floored is None else term
-        rule = match(term, "logarithm")
+        rule = None if vanishes(term) else match(term, "logarithm")
     except Unrecognised:
         return None
     return None if rule is None else (rule, term)
@@ -53,7 +53,7 @@ def for_quotient(
         stable = exponential(term)
         if stable is None or any(unshifted(operand) == unshifted(term) for operand in operands):
             return None
-        rule = match(term, "quotient")
+        rule = None if vanishes(term) else match(term, "quotient")
         if rule is None or (not differentiable and fails_in_gradient_only(term)):
             return None
     except Unrecognised:

@@ -35,6 +35,8 @@ def common_factor(a: Term, b: Term) -> Common | None:
     """The factor that two numbers have in common; `None` where they have none."""
     mine, c = _factors(a, 1.0)
     theirs, d = _factors(b, 1.0)
+    if math.isinf(c) or math.isinf(d):  # it was multiplied by 0
+        return None
     shared: _Factors = []
     for factor, power in mine:
         other = next((exponent for found, exponent in theirs if found == factor), 0.0)
@@ -97,6 +99,8 @@ def _product(factors: _Factors) -> Term | None:
 
 def mixture(a: Term, factor: float = 1.0) -> tuple[list[tuple[float, Term]], float]:
     """The factors and the numbers of k p + m q + ... + c, and c."""
+    if factor == 0:
+        return [], 0.0
     if isinstance(a, Apply):
         if a.operator is ops.SHIFT:
             return mixture(a.args[0], factor * math.exp(a.params["other"]))

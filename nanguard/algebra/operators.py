@@ -1,7 +1,7 @@
 """The operators that terms consist of, and how each is computed and written.
 
 A term stands for a number. Most operators give the logarithm of theirs; the *signed* ones (`WEIGH`, `MINUS`, `DIFFERENCE`,
-`TANH`, `PRODUCT`, `POWER`) stand for numbers that may be negative, and are computed as a factor times an exponential.
+`TANH`, `ERF`, `PRODUCT`, `POWER`) stand for numbers that may be negative, and are computed as a factor times an exponential.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from nanguard.algebra.term import Operator
 
 _STABLE = "nanguard.stabilizer.functional"
+_SPECIAL = "nanguard.stabilizer.special"
 
 # Products and powers.
 ADD = Operator("add", "torch.add", "{0} + {1}", infix=True)
@@ -24,6 +25,7 @@ LOG_SOFTMAX = Operator(
     "log_softmax", "torch.nn.functional.log_softmax", "F.log_softmax({0}, dim={dim})", fresh=False, sign="positive"
 )
 LOG_SIGMOID = Operator("logsigmoid", "torch.nn.functional.logsigmoid", "F.logsigmoid({0})", sign="positive")
+LOG_NDTR = Operator("log_ndtr", f"{_SPECIAL}.log_ndtr", "torch.special.log_ndtr({0})", sign="positive")
 LOG_OTHERS = Operator("log_others", f"{_STABLE}.log_others", "log_sum_of_others({0}, dim={dim})")
 LOG_REST = Operator("log_rest", f"{_STABLE}.log_rest", "torch.log1p(-F.softmax({0}, dim={dim}))")
 SOFTMAX = Operator("softmax", "torch.nn.functional.softmax", "F.softmax({0}, dim={dim})", fresh=False)
@@ -37,9 +39,9 @@ BINARY_CROSS_ENTROPY = Operator(
     "binary_cross_entropy", f"{_STABLE}.binary_cross_entropy", "-({2} * {0} + (1 - {2}) * {1})", infix=True
 )
 
-# What is known of a tensor that is a logarithm itself: its exponential.
-LOGARITHM = Operator("logarithm", "", "{0}", sign="any")
-NORMALISED = Operator("normalised", "", "", sign="any")
+# How far, and how close, p is to t, given log p, log(1 - p) and t.
+DISTANCE = Operator("distance", f"{_SPECIAL}.distance", "torch.log(abs({2} - torch.exp({0})))", sign="positive")
+CLOSENESS = Operator("closeness", f"{_SPECIAL}.closeness", "torch.where({2} == 1, {0}, {1})", sign="positive")
 
 # Sums.
 LOGSUMEXP = Operator("logsumexp", f"{_STABLE}.logsumexp", "torch.logsumexp({0}, dim={dim}, keepdim={keepdim})")
@@ -57,6 +59,8 @@ PLUS_CONSTANT = Operator(
 SCATTER_ADD = Operator(
     "scatter_logaddexp", f"{_STABLE}.scatter_logaddexp", "{0}.exp().scatter_add({dim}, {index}, {1}.exp()).log()"
 )
+
+NAN_TO_ZERO = Operator("nan_to_zero", f"{_SPECIAL}.nan_to_zero", "{0}.nan_to_num(nan=-math.inf)", sign="positive")
 
 # Bounds, extrema and masks.
 FLOOR_ZERO = Operator("floor_zero", f"{_STABLE}.floor_zero", "{0}", sign="positive")
@@ -76,6 +80,9 @@ LOGADDEXP_AT = Operator(
     "index_logaddexp", f"{_STABLE}.index_logaddexp", "{0}.exp().index_add({dim}, {index}, {1}.exp()).log()"
 )
 LOG_TAIL = Operator("log_tail", f"{_STABLE}.log_tail", "torch.log1p(-F.softmax({0}, {dim}).cumsum({dim}))")
+SCATTER_EXTREME = Operator(
+    "scatter_extreme", f"{_SPECIAL}.scatter_extreme", "{0}.scatter_reduce({dim}, {index}, {1}, {reduce})", fresh=False
+)
 MAXIMUM = Operator("maximum", "torch.maximum", "torch.maximum({0}, {1})")
 MINIMUM = Operator("minimum", "torch.minimum", "torch.minimum({0}, {1})")
 MASKED = Operator("masked_fill", "torch.masked_fill", "{0}.masked_fill({mask}, {value})")
@@ -98,6 +105,7 @@ BETWEEN = Operator(
     infix=True,
     sign="any",
 )
+ERF = Operator("erf", "", "torch.log(torch.erf({0}))", sign="any")
 TANH = Operator("tanh", "", "torch.log(torch.tanh({0}))", sign="any")
 PRODUCT = Operator("log_product", "", "torch.log({0}).sum({dim}, keepdim={keepdim})", sign="any")
 POWER = Operator("power", "", "{exponent} * {0}", infix=True, sign="positive")
@@ -123,6 +131,16 @@ REPEAT = Operator("repeat", "torch.tile", "{0}.repeat({dims})", move=True)
 REPEAT_INTERLEAVE = Operator(
     "repeat_interleave", "torch.repeat_interleave", "{0}.repeat_interleave({repeats}, {dim})", move=True
 )
+UNFOLD = Operator("unfold", "torch.Tensor.unfold", "{0}.unfold({dimension}, {size}, {step})", fresh=False, move=True)
 WRITTEN = Operator("written", f"{_STABLE}.written", "{1}.index_put({key}, {0})", move=True)
 CAT = Operator("cat", f"{_STABLE}.cat", "torch.cat([{all}], dim={dim})", move=True)
 STACK = Operator("stack", f"{_STABLE}.stack", "torch.stack([{all}], dim={dim})", move=True)
+
+# Of what is not known yet, or not by itself: other laws than those that finish it see a tensor that nothing is known of.
+EMPTY = Operator("empty", "", "{0}", sign="any")
+FILLING = Operator("filling", "", "{0}", sign="any")
+OFFSET = Operator("offset", "", "{0}", sign="any")
+# Of a tensor that is a logarithm itself: its exponential.
+LOGARITHM = Operator("logarithm", "", "{0}", sign="any")
+NORMALISED = Operator("normalised", "", "", sign="any")
+UNFINISHED = frozenset({EMPTY, FILLING, OFFSET, LOGARITHM, NORMALISED})

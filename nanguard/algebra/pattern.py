@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from nanguard.algebra import operators as ops
 from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term
 
@@ -9,6 +11,7 @@ __all__ = [
     "constant_of",
     "core",
     "core_is",
+    "has_floor",
     "is_bare",
     "is_bounded",
     "is_constant",
@@ -26,6 +29,7 @@ __all__ = [
     "operators",
     "renormalises",
     "unshifted",
+    "vanishes",
 ]
 
 # Epsilons are at most that large.
@@ -33,19 +37,12 @@ LARGEST_EPSILON = 1e-3
 
 # What may stand around the computation that a rule names: constants, bounds, masks.
 _WRAPPERS = frozenset(
-    {
-        ops.COMPLEMENT,
-        ops.SHIFT,
-        ops.CLAMP_MIN,
-        ops.CLAMP_MAX,
-        ops.FLOOR_ZERO,
-        ops.MINUS,
-        ops.XLOGY,
-        ops.ENTR,
-        ops.PADDED,
-    }
-    | {ops.AMAX, ops.AMIN, ops.EXTREME, ops.SORTED, ops.TOPK, ops.MAXIMUM, ops.MINIMUM}
+    {ops.SHIFT, ops.CLAMP_MIN, ops.CLAMP_MAX, ops.FLOOR_ZERO, ops.MINUS, ops.XLOGY, ops.ENTR, ops.PADDED}
+    | {ops.COMPLEMENT, ops.DISTANCE, ops.CLOSENESS}
+    | {ops.AMAX, ops.AMIN, ops.EXTREME, ops.SORTED, ops.TOPK, ops.MAXIMUM, ops.MINIMUM, ops.SCATTER_EXTREME}
 )
+# Probabilities by name, elementwise or nearly so.
+_NAMED = (ops.LOG_SIGMOID, ops.LOG_REST, ops.LOG_NDTR)
 _PICKS = frozenset(
     {ops.INDEX, ops.GATHER, ops.TAKE_ALONG_DIM, ops.INDEX_SELECT, ops.MASKED_SELECT, ops.SELECT, ops.TAKE}
 )
@@ -81,10 +78,29 @@ def is_constant(term: Term) -> bool:
     return constant_of(term) is not None
 
 
+def vanishes(term: Term) -> bool:
+    """Whether it was multiplied by 0, so that there is nothing left to be exact about."""
+    if not isinstance(term, Apply):
+        return False
+    if term.operator is ops.SHIFT and math.isinf(term.params["other"]):
+        return True
+    some = any if term.operator in (ops.ADD, ops.SUBTRACT) else all
+    return bool(term.args) and some(map(vanishes, term.args))
+
+
 def core_is(term: Term, *names: Operator, through_scale: bool = True, through_negation: bool = True) -> bool:
     """Whether the core is one of these operators."""
     found = core(term, through_scale=through_scale, through_negation=through_negation)
     return isinstance(found, Apply) and found.operator in names
+
+
+def has_floor(term: Term, least: float) -> bool:
+    """Whether that much, or more, was added to the core, or bounds it from below."""
+    while isinstance(term, Apply) and (_is_wrapper(term) or term.operator in (ops.SCALE, ops.NEGATE)):
+        if term.operator in (ops.PLUS_CONSTANT, ops.CLAMP_MIN) and term.params["constant"] >= least:
+            return True
+        term = _inside(term)
+    return False
 
 
 def is_selection(term: Term) -> bool:
@@ -99,7 +115,7 @@ def is_selection(term: Term) -> bool:
 def is_part(term: Term) -> bool:
     """Whether elements were left out."""
     while isinstance(term, Apply) and (_is_wrapper(term) or term.operator in (ops.SCALE, ops.NEGATE)):
-        if term.operator in _PICKS or term.operator in (ops.NARROW, ops.DIAGONAL):
+        if term.operator in _PICKS or term.operator in (ops.NARROW, ops.DIAGONAL, ops.UNFOLD):
             return True
         term = _inside(term)
     return False
@@ -122,7 +138,7 @@ def is_disguised(term: Term) -> bool:
         found = _inside(found)
     if not isinstance(found, Apply) or found.operator not in _MASKS:
         return False
-    return core_is(found.args[0], ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST) or is_disguised(found.args[0])
+    return core_is(found.args[0], ops.LOG_SOFTMAX, *_NAMED) or is_disguised(found.args[0])
 
 
 def is_renormalised(masked: Term, total: Term) -> bool:
@@ -171,7 +187,13 @@ def is_probability_or_total(term: Term) -> bool:
         return False
     if term.operator is ops.ADD:  # 1 - tanh^2 is a product of two sigmoids
         return all(core_is(arg, ops.LOG_SIGMOID) for arg in term.args)
-    return is_sum(term) or term.operator in (ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST, ops.LOG_OTHERS)
+    return is_sum(term) or term.operator in (
+        ops.LOG_SOFTMAX,
+        ops.LOG_OTHERS,
+        ops.CLOSENESS,
+        ops.DISTANCE,
+        *_NAMED,
+    )
 
 
 def _is_guard(term: Apply) -> bool:
@@ -208,14 +230,14 @@ def renormalises(log: Term, divisor: Shape) -> bool:
 
 def is_over_probabilities(term: Term) -> bool:
     """Whether softmaxes or sigmoids went into it."""
-    return bool(operators(term) & {"log_softmax", "logsigmoid", "log_rest"})
+    return bool(operators(term) & {"log_softmax", "logsigmoid", "log_rest", "log_ndtr"})
 
 
 def is_bounded(term: Term) -> bool:
     """Whether it is made of probabilities alone, by sums, products, weights and shares."""
     if isinstance(term, Leaf) or (term.operator is ops.NEGATE and not is_total(term.args[0])):
         return False
-    if term.operator in (ops.LOG_SOFTMAX, ops.LOG_SIGMOID, ops.LOG_REST, ops.FULL):
+    if term.operator in (ops.LOG_SOFTMAX, ops.FULL, ops.CLOSENESS, ops.DISTANCE, *_NAMED):
         return True
     return all(map(is_bounded, term.args[:1] if term.operator in (ops.WEIGH, ops.WEIGH_REST) else term.args))
 

@@ -21,10 +21,10 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.build import is_op, minus, unsigned
 from nanguard.algebra.factors import between_sigmoids, common_factor, mixture
 from nanguard.algebra.others import left_out, rest_of_cumsum, rest_of_sum, without
-from nanguard.algebra.term import Apply, Term
+from nanguard.algebra.term import Apply, Leaf, Term, Unrecognised
 from nanguard.algebra.totals import clamp, full, total, weigh
 
-__all__ = ["complement", "difference", "logaddexp", "plus_constant"]
+__all__ = ["complement", "difference", "logaddexp", "offset", "plus_constant"]
 
 
 # A constant that differs from 1 by less is 1 and an epsilon.
@@ -60,21 +60,29 @@ def plus_constant(a: Term, constant: float) -> Term:
             return a.args[0]
         if a.operator is ops.EXPM1 and constant >= 1:  # of a smaller one, e^x + (c - 1) would lose the digits
             return plus_constant(a.args[0], constant - 1.0)
-        scale, tanh = _times_tanh(a)
-        if tanh is not None and math.isclose(constant, scale, rel_tol=1e-12):
-            return build.shift(_of_sum(_twice_sigmoid(tanh.args[0], 2.0), minus(tanh)), math.log(scale))
+        scale, odd = _times_odd(a)
+        if odd is not None and math.isclose(constant, scale, rel_tol=1e-12):
+            return build.shift(_of_sum(_one_plus(odd, 1.0), minus(odd)), math.log(scale))
     if constant < 0:
         rest = _rest(a) if constant == -1.0 else None
         return difference(a, full(-constant, a.shape)) if rest is None else minus(rest)
     return Apply(ops.PLUS_CONSTANT, (a,), a.shape, constant=constant)
 
 
-def _times_tanh(a: Apply) -> tuple[float, Apply | None]:
-    """C and tanh(x) of c tanh(x)."""
-    inner = a.args[0] if a.operator is ops.SHIFT else a
-    if not isinstance(inner, Apply) or inner.operator is not ops.TANH:
+def _times_odd(a: Term) -> tuple[float, Apply | None]:
+    """C and f(x) of c f(x), for functions between -1 and 1."""
+    shifted = isinstance(a, Apply) and a.operator is ops.SHIFT
+    inner = a.args[0] if shifted else a  # type: ignore[union-attr]
+    if not isinstance(inner, Apply) or not is_op(inner, ops.TANH, ops.ERF):
         return 1.0, None
-    return math.exp(a.params["other"]) if a.operator is ops.SHIFT else 1.0, inner
+    return math.exp(a.params["other"]) if shifted else 1.0, inner  # type: ignore[union-attr]
+
+
+def _one_plus(odd: Apply, sign: float) -> Term:
+    """Rests on 1 + tanh(x) = 2 sigmoid(2 x), and 1 + erf(x) = 2 ndtr(sqrt(2) x)."""
+    if odd.operator is ops.TANH:
+        return _twice_sigmoid(odd.args[0], sign * 2.0)
+    return build.shift(build.log_ndtr(build.scale(odd.args[0], sign * math.sqrt(2.0))), math.log(2.0))
 
 
 def _constant(a: Term) -> float | None:
@@ -163,11 +171,11 @@ def _rest_of_mean(a: Apply) -> Term | None:
 
 
 def _rest_of_square(a: Apply) -> Term | None:
-    """Rests on 1 - tanh^2 = (1 - tanh) (1 + tanh)."""
-    if a.params["exponent"] != 2 or not is_op(a.args[0], ops.TANH):
+    """Rests on 1 - tanh^2 = (1 - tanh) (1 + tanh), and the same for erf."""
+    odd = a.args[0]
+    if a.params["exponent"] != 2 or not isinstance(odd, Apply) or not is_op(odd, ops.TANH, ops.ERF):
         return None
-    x = a.args[0].args[0]  # type: ignore[union-attr]
-    return build.add(_twice_sigmoid(x, 2.0), _twice_sigmoid(x, -2.0))
+    return build.add(_one_plus(odd, 1.0), _one_plus(odd, -1.0))
 
 
 def _rest_of_power(a: Apply) -> Term | None:
@@ -222,7 +230,10 @@ _RESTS: dict[str, Callable[[Apply], Term | None]] = {
     "logsigmoid": lambda a: build.logsigmoid(build.negate(a.args[0])),
     "log_softmax": lambda a: Apply(ops.LOG_REST, a.args, a.shape, **a.params),
     "log_rest": lambda a: build.log_softmax(a.args[0], a.params["dim"]),
-    "tanh": _as_sum(lambda a: _twice_sigmoid(a.args[0], -2.0)),
+    "log_ndtr": lambda a: build.log_ndtr(build.negate(a.args[0])),
+    **dict.fromkeys(("tanh", "erf"), _as_sum(lambda a: _one_plus(a, -1.0))),
+    "distance": lambda a: Apply(ops.CLOSENESS, a.args, a.shape, **a.params),
+    "closeness": lambda a: Apply(ops.DISTANCE, a.args, a.shape, **a.params),
     "power": _as_sum(_rest_of_square),
     "scale": _as_sum(lambda a: _rest_of_power(a)),
     "logcumsumexp": _as_sum(rest_of_cumsum),
@@ -266,6 +277,14 @@ def difference(a: Term, b: Term) -> Term:
         if found is not None:
             return found
     return Apply(ops.DIFFERENCE, (a, b), build.broadcast_shapes(a.shape, b.shape))
+
+
+def offset(a: Term, target: Leaf, sign: int) -> Term:
+    """T - p, or p - t, for a tensor t that nothing is known about, such as labels: its magnitude will be known."""
+    rest = None if a.signed else _rest(a)
+    if rest is None or rest.signed or target.tracked:
+        raise Unrecognised
+    return Apply(ops.OFFSET, (a, rest, target), build.broadcast_shapes(a.shape, target.shape), sign=sign)
 
 
 def _factored(a: Apply, b: Term) -> Term | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanguard.diagnosis.operations import COPIES, JUDGED, broadcast_to
 from nanguard.diagnosis.records import Descent, Evidence, Record, Source, Value, storage_of
-from nanguard.diagnosis.statistics import describe_tensor, plain
+from nanguard.diagnosis.statistics import anywhere, describe_tensor, plain
 
 __all__ = ["evidence_of", "judged", "reaches"]
 
@@ -41,10 +41,10 @@ def judged(record: Record, tensor: Tensor, mask: Tensor, wanted: bool) -> Value:
     allowed = torch.isinf(tensor) & (torch.ones_like(mask) if wanted or meant is None else meant)
     if bad is not None:
         allowed &= ~bad
-    if bool(allowed.any()):
+    if anywhere(allowed):
         value.meant = allowed
         left = mask & ~allowed
-        value.bad = left if bool(left.any()) else None
+        value.bad = left if anywhere(left) else None
     return value
 
 
@@ -117,7 +117,7 @@ def evidence_of(
         masked: which elements of a gradient are 0 because a mask of the program made them so.
         continued: whether to look at all bad elements, also those that came in.
     """
-    bad = record.writes[0].value.bad
+    bad = record.values[0].bad
     if bad is None:
         return None
     carriers = [source for source in record.sources if source.value.bad is not None]
@@ -127,7 +127,7 @@ def evidence_of(
             return None
         known = _union(record, carriers, "bad", bad)
         new = bad if known is None else bad & ~known
-        if not bool(new.any()):
+        if not anywhere(new):
             return None
     tensors = [value for value in given if isinstance(value, Tensor)]
     spots = torch.unravel_index(new.flatten().nonzero().flatten()[:_FEW], new.shape)

@@ -7,6 +7,7 @@ otherwise, as behind a `relu`, is none.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, final
 
 import torch
@@ -15,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanguard.diagnosis.operations import Operation, broadcast_to
 from nanguard.diagnosis.records import storage_of
-from nanguard.diagnosis.statistics import plain
+from nanguard.diagnosis.statistics import anywhere, plain, zeros_of
 
 __all__ = ["MaskedGradients"]
 
@@ -108,13 +109,13 @@ def _masked(known: Operation, tensor: Tensor, given: list[Tensor], chooses: bool
     """
     if not chooses and not given:
         return None
-    zero = tensor == 0
+    zero = zeros_of(tensor)
     if not chooses and (known.pointwise or known.name == "aten.sum"):
         carried = [broadcast_to(mask, zero.shape) for mask in given]
         places = [mask for mask in carried if mask is not None]
         if len(places) == len(carried):
-            zero &= torch.stack(places).any(0)
-    return zero if bool(zero.any()) else None
+            zero &= reduce(torch.logical_or, places)
+    return zero if anywhere(zero) else None
 
 
 def _of_a_sum(call: Any, mask: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def _factors(known: Operation, tensors: list[Tensor]) -> list[Tensor]:
     """Where the masks are 0 that the program has multiplied by; a mask that was divided by its sum is one, too."""
     if known.name != "aten.mul" or not _node().startswith(("MulBackward", "DotBackward")):
         return []
-    return [tensor == 0 for tensor in tensors[1:] if not tensor.requires_grad and _is_mask(tensor)]
+    return [zeros_of(tensor) for tensor in tensors[1:] if not tensor.requires_grad and _is_mask(tensor)]
 
 
 def _node() -> str:

@@ -242,9 +242,8 @@ class Trace(TorchDispatchMode):
         wanted = any(isinstance(value, float) and math.isinf(value) for value in given)
         for tensor, mask in bad:
             value = judged(record, tensor, mask, wanted)
-            write = Write(record, value)
-            record.writes.append(write)
-            self._remember(tensor, write)
+            record.values.append(value)
+            self._remember(tensor, Write(record, value))
         new = evidence_of(record, bad[0][0], given, self._masked.of)
         if new is not None:
             record.evidence = new

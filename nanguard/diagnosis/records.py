@@ -146,6 +146,8 @@ class Record:
         sequence: number of the autograd node that it belongs to.
         function: class name of the custom `autograd.Function` whose backward pass it is part of.
         call: the overload with its arguments, where what it was given is not finite.
+        values: what it made that is not finite. Not who wrote it: in a cycle, the memory of a whole step would not be given
+            back before the next run needs as much.
         selector: for operations that choose elements (`where`, `masked_fill`), the condition.
         met: of backward operations, what a gradient was that met a value which the forward pass had made non-finite.
         row_masked: whether a row that it reduced held nothing but infinities that were meant.
@@ -163,7 +165,7 @@ class Record:
     pointwise: bool = False
     selector: Tensor | None = None
     sources: list[Source] = field(default_factory=list)
-    writes: list[Write] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
     call: tuple[Any, Any, Any] | None = None
     evidence: Evidence | None = None

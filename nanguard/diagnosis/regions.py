@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanguard.diagnosis.records import Value, Write, storage_of
+from nanguard.diagnosis.statistics import anywhere
 
 __all__ = ["carried_over", "covers", "key_of", "told_apart"]
 
@@ -67,7 +68,7 @@ def told_apart(tensor: Tensor, mask: Tensor, writes: list[Write], outside: list[
         return Value(tensor.detach(), bad=mask)
     if all(value.bad is None for value in values):
         nan = torch.isnan(tensor)
-        return Value(tensor.detach(), meant=mask) if not bool(nan.any()) else Value(tensor.detach(), bad=mask)
+        return Value(tensor.detach(), meant=mask) if not anywhere(nan) else Value(tensor.detach(), bad=mask)
     meant = torch.zeros_like(mask)
     for value in values:
         if value.meant is not None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanguard.incident import TensorStats
 
-__all__ = ["describe_tensor", "is_finite", "nonfinite", "plain", "stored"]
+__all__ = ["anywhere", "describe_tensor", "is_finite", "nonfinite", "plain", "stored", "zeros_of"]
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _HALF = frozenset((torch.float16, torch.bfloat16))
+_REAL = _HALF | {torch.float32, torch.float64}
+# So many elements, with what is made of them on the way, stay in a processor's cache.
+_BLOCK = 2**16
 
 
 def plain(tensor: Tensor) -> bool:
@@ -43,15 +46,49 @@ def is_finite(tensor: Tensor) -> bool:
 
 def nonfinite(tensor: Tensor) -> Tensor | None:
     """Where a `plain` tensor is NaN or infinite, a boolean tensor of its shape; `None` for nowhere."""
-    if tensor.numel() == 0:
+    # A sum is several times cheaper than `isfinite`, and finite only if all elements are. It may overflow: then look again.
+    if tensor.numel() == 0 or (not tensor.is_complex() and math.isfinite(_total(tensor))):
         return None
-    if not tensor.is_complex():
-        # A sum is several times cheaper than `isfinite`, and finite only if all elements are. It may overflow: then look again.
-        total = tensor.sum(dtype=torch.float32) if tensor.dtype in _HALF else tensor.sum()
-        if math.isfinite(total.item()):
-            return None
-    mask = torch.isfinite(tensor).logical_not_()
-    return mask if bool(mask.any()) else None
+    mask = _by_blocks(tensor)
+    if mask is None:
+        mask = torch.isfinite(tensor).logical_not_()
+    return mask if anywhere(mask) else None
+
+
+def anywhere(mask: Tensor) -> bool:
+    """Whether any element of a boolean tensor is set: `any`, which takes ten times as long on the CPU."""
+    return mask.numel() > 0 and bool(mask.view(torch.uint8).amax())
+
+
+def zeros_of(tensor: Tensor) -> Tensor:
+    """Where a tensor is 0. A cast takes an eighth of the time of a comparison on the CPU; a NaN is cast to True."""
+    return tensor == 0 if tensor.is_complex() else tensor.to(torch.bool).logical_not_()
+
+
+def _total(tensor: Tensor) -> float:
+    total = tensor.sum(dtype=torch.float32) if tensor.dtype in _HALF else tensor.sum()
+    return total.item()
+
+
+def _by_blocks(tensor: Tensor) -> Tensor | None:
+    """Where a tensor on the CPU is not finite; `None` where its elements do not lie in memory one after the other.
+
+    Mostly a few samples are not finite, and their elements lie together: all other blocks need no more than their sum.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu or tensor.dtype not in _REAL:
+        return None
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    values = tensor.detach().permute(order)
+    if not values.is_contiguous():
+        return None
+    mask = torch.zeros_like(tensor, dtype=torch.bool)
+    spare = values.new_empty(min(_BLOCK, tensor.numel()))
+    places = mask.permute(order).view(-1)
+    for block, found in zip(values.view(-1).split(_BLOCK), places.split(_BLOCK), strict=True):
+        if not math.isfinite(_total(block)):
+            # 0 where it is finite, and NaN elsewhere, which is cast to True.
+            found.copy_(torch.sub(block, block, out=spare[: block.numel()]))
+    return mask
 
 
 def describe_tensor(name: str, tensor: Tensor) -> TensorStats:

@@ -23,7 +23,7 @@ from nanguard.diagnosis.reach import needed
 from nanguard.diagnosis.recording import Trace
 from nanguard.diagnosis.records import Descent, Evidence, Mark, Place, Record, Source, Write, storage_of
 from nanguard.diagnosis.regions import carried_over
-from nanguard.diagnosis.statistics import describe_tensor, nonfinite, plain, stored
+from nanguard.diagnosis.statistics import anywhere, describe_tensor, nonfinite, plain, stored
 from nanguard.incident import Origin
 
 __all__ = ["Finding", "blame"]
@@ -126,7 +126,9 @@ class _Walk:
         found: list[_End] = []
         while self._queue:
             _, record = heapq.heappop(self._queue)
-            found += self._visit(record, self._wanted[record])
+            wanted = self._wanted[record]
+            self._wanted[record] = None  # nothing comes back to it: what it was given is older than itself
+            found += self._visit(record, wanted)
         return found
 
     def _push(self, record: Record, mask: Tensor | None, user: Record | None) -> None:
@@ -147,7 +149,7 @@ class _Walk:
         found = []
         if evidence is not None:
             new = evidence.new if wanted is None or wanted.shape != evidence.new.shape else evidence.new & wanted
-            if bool(new.any()) or not sources:
+            if anywhere(new) or not sources:
                 found.append(_End(record, rows=new))
         if record.backward:
             gradients = [source for source in sources if not source.saved]
@@ -155,14 +157,17 @@ class _Walk:
                 return found + [end for source in sources for end in self._met(record, source)]
             sources = gradients
         if record.row_masked and sources and all(_only_masks(source) for source in sources):
-            return [_End(record, rows=record.writes[0].value.bad)]
+            return [_End(record, rows=record.values[0].bad)]
         for source in sources:
             part = needed(record, source, wanted)
-            if part is not None and bool(part.any()):
+            if part is not None and anywhere(part):
                 found += self._enter(record, source, part)
         return found
 
     def _enter(self, record: Record, source: Source, part: Tensor) -> list[_End]:
+        if not source.external and [write.value for write in source.writes] == [source.value]:
+            self._push(source.writes[0].record, part, record)  # written as a whole
+            return []
         left = self._follow(source.value.tensor, part, source.writes, record)
         if source.external and (not source.writes or left):
             return [_End(self._beyond_copies(record), external=source.value.tensor, rows=None)]
@@ -197,11 +202,11 @@ class _Walk:
                 self._push(write.record, None, user)
                 continue
             mine = left & written
-            if bool(mine.any()):
+            if anywhere(mine):
                 back = carried_over(tensor, mine, write.value.tensor)
                 self._push(write.record, None if back is None else back & write.value.bad, user)
-                left = left & ~mine
-        return bool(left.any())
+                left = left > mine  # without them
+        return anywhere(left)
 
     # -- infinities that were meant
 
@@ -219,7 +224,7 @@ class _Walk:
         masked = [record for record in seen if record.row_masked]
         if masked:
             first = min(masked, key=lambda record: record.index)
-            return _End(first, rows=first.writes[0].value.meant)
+            return _End(first, rows=first.values[0].meant)
         carrying = [record for record in seen if record.sources]
         reducing = [record for record in carrying if _reduces(record)]
         return _End(min(reducing or carrying or seen, key=lambda record: record.index))
@@ -227,7 +232,7 @@ class _Walk:
 
 def _reduces(record: Record) -> bool:
     """Whether many elements became one."""
-    return record.writes[0].value.tensor.ndim == 0 and any(source.value.tensor.ndim > 0 for source in record.sources)
+    return record.values[0].tensor.ndim == 0 and any(source.value.tensor.ndim > 0 for source in record.sources)
 
 
 def _behind(end: _End, behind: Record) -> _End:
@@ -292,5 +297,5 @@ def _finding(trace: Trace, end: _End, *, reached: bool = False) -> Finding:
         caller=place,
         forward=inner,
         told=(told.kernel, told.given),
-        dtype=record.writes[0].value.tensor.dtype if record.writes else None,
+        dtype=record.values[0].tensor.dtype if record.values else None,
     )

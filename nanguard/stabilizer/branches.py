@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from nanguard.algebra import Law, Spelling
+from nanguard.stabilizer.foreign import addresses_of_foreign, lie_in
 from nanguard.stabilizer.knowledge import is_plain, node_of, storage_key
 
-__all__ = ["BOUNDS", "HARMLESS", "LONGEST", "Branches"]
+__all__ = ["BOUNDS", "HARMLESS", "LARGER", "LONGEST", "SMALLER", "Branches"]
 
 # No function that is remembered has an infinite value or derivative there.
 HARMLESS = 0.5
@@ -29,6 +30,8 @@ _ROOTS = frozenset({"sqrt", "pow"})
 _ENDS = frozenset({"arcsine"})
 # What selects the numbers within bounds.
 BOUNDS = frozenset({"clamp", "clamp_min", "clamp_max"})
+# What selects the larger, or the smaller, of two.
+LARGER, SMALLER = frozenset({"maximum", "max"}), frozenset({"minimum", "min"})
 # Branches are short; a longer computation is a network.
 LONGEST = 12
 
@@ -93,13 +96,15 @@ class _Step:
         """Whether its result is still as it was computed, in value and derivative."""
         return tensor._version == self.version and node_of(tensor) == self.node
 
-    def shares(self, storage: int) -> bool:
+    def shares(self, storage: int, addresses: range | None) -> bool:
         """Whether its result, or anything that it was computed from, lies in that memory."""
         for entry in (self.result(), *self.arguments):
             if isinstance(entry, _Step):
-                if entry.shares(storage):
+                if entry.shares(storage, addresses):
                     return True
-            elif isinstance(entry, Tensor) and storage_key(entry) == storage:
+            elif isinstance(entry, Tensor) and (
+                storage_key(entry) == storage or (addresses is not None and lie_in((entry,), addresses))
+            ):
                 return True
         return False
 
@@ -151,7 +156,8 @@ class Branches:
         """Forget what shares memory with a tensor about to be edited: `.data` shares memory, but no version counter."""
         storage = storage_key(tensor) if self._steps and isinstance(tensor, Tensor) else None
         if storage is not None:
-            for key in [key for key, step in self._steps.items() if step.shares(storage)]:
+            addresses = addresses_of_foreign(tensor)
+            for key in [key for key, step in self._steps.items() if step.shares(storage, addresses)]:
                 del self._steps[key]
 
     def note(
@@ -204,6 +210,8 @@ class Branches:
             return None if taken is None else torch.where(value.isfinite(), taken, value.detach().nan_to_num(**options))
         if name in BOUNDS:
             return self._bounded(bound["input"], bound.get("min"), bound.get("max"))
+        if name in LARGER or name in SMALLER:
+            return self._extreme(name in LARGER, bound["input"], bound.get("other", bound.get("dim")))
         if name == "masked_fill":
             mask: Tensor = bound["mask"]
             taken = self._anew(bound["input"], ~mask)
@@ -224,6 +232,19 @@ class Branches:
         inside = bounded == value.detach()
         taken = self._anew(value, inside)
         return None if taken is None else torch.where(inside, taken, bounded)
+
+    def _extreme(self, larger: bool, one: Any, other: Any) -> Tensor | None:
+        """The larger, or the smaller, of two. Of equals, and beside a NaN, both are taken."""
+        if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+            return None
+        first, second = (one.detach(), other.detach()) if larger else (other.detach(), one.detach())
+        below, above = first < second, second < first
+        new, new_other = self._anew(one, ~below), self._anew(other, ~above)
+        if new is None and new_other is None:
+            return None
+        one, other = one if new is None else new, other if new_other is None else new_other
+        both = torch.maximum(one, other) if larger else torch.minimum(one, other)
+        return torch.where(above, one, torch.where(below, other, both))
 
     def _anew(self, branch: Any, taken: Tensor) -> Tensor | None:
         step = self._find(branch)

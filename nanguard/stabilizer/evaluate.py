@@ -81,6 +81,7 @@ _SUMS_OF_TWO = (ops.LOGADDEXP, ops.PLUS_CONSTANT, ops.DIFFERENCE)
 _OF_VALUES: dict[str, Callable[..., Scaled]] = {
     "between_sigmoids": scaled.between_sigmoids,
     "tanh": lambda x: Scaled(torch.zeros_like(x), torch.tanh(x)),
+    "erf": lambda x: Scaled(torch.zeros_like(x), torch.erf(x)),
     "log_product": lambda x, dim, keepdim: Scaled(_log_abs(x).sum(dim, keepdim=keepdim), _sign(x, dim, keepdim)),
 }
 

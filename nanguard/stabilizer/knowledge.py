@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanguard.algebra import Term
 from nanguard.stabilizer.basis import Basis
+from nanguard.stabilizer.foreign import addresses_of_foreign, lie_in
 from nanguard.stabilizer.outline import filled
 from nanguard.stabilizer.region import Region
 
@@ -109,10 +110,12 @@ class Known:
     def storages(self) -> frozenset[int | None]:
         """The memory that it depends on. Edits are rare, and most tensors are gone before there is one."""
         if self._storages is None:
-            saved = () if self.basis is None else self.basis.saved()
-            tensors = (self.tensor(), *self.values, *saved)
-            self._storages = frozenset(storage_key(part) for part in tensors if part is not None)
+            self._storages = frozenset(storage_key(part) for part in self.depends_on() if part is not None)
         return self._storages
+
+    def depends_on(self) -> tuple[Tensor | None, ...]:
+        """The tensor, what its term is made of, and what its node has saved."""
+        return (self.tensor(), *self.values, *(() if self.basis is None else self.basis.saved()))
 
     def is_pinned(self) -> bool:
         """Whether it, or anything known that it came from, is pinned."""
@@ -214,6 +217,11 @@ class Knowledge:
         storage = storage_key(tensor) if self._known and isinstance(tensor, Tensor) else None
         if storage is not None:
             self._forget(storage)
+            addresses = addresses_of_foreign(tensor)
+            if addresses is not None:
+                known = self._known
+                for key in [key for key, entry in known.items() if lie_in(entry.depends_on(), addresses)]:
+                    del known[key]
 
     def escaped(self, tensor: Any) -> None:
         """Forget a tensor's memory for good: from now on it can be edited unseen."""

@@ -193,7 +193,7 @@ class Queries:
             loss = BinaryCrossEntropy(call, bound)
             if loss.is_replaceable and self._stay.may_swap(reading.parents):
                 return self._repaired(rule, term, naive, loss)
-        self._advisor.misused(law, term, naive, bound["target"], getattr(call.func, "__name__", ""))
+        self._advisor.misused(law, term, naive, bound.get("target"), getattr(call.func, "__name__", ""))
         return None
 
     def _repaired(self, rule: Rule, term: Term, naive: Tensor, loss: BinaryCrossEntropy) -> Tensor | None:

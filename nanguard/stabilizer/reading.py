@@ -92,7 +92,8 @@ class Reading:
         if self._keep_source:
             tensor = tensor.clone()
         leaf = self._leaf(tensor) if _is_real(tensor) else self._index(tensor)
-        return Operand(leaf, known.term if known is not None else None, real=_is_real(tensor))
+        term = known.term if known is not None else None
+        return Operand(leaf, term, real=_is_real(tensor), mask=tensor.dtype is torch.bool)
 
     def _leaf(self, tensor: Tensor) -> Leaf:
         if not owns_memory(tensor):

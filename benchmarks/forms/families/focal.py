@@ -44,6 +44,23 @@ def focal_of_bce(x, y):
     return (0.25 * y + 0.75 * (1 - y)) * (1 - p_t) ** 2 * loss
 
 
+@family.form(focal, constant=(1,))
+def focal_of_distances(x, y):
+    p = torch.sigmoid(x)
+    distance = (y - p).abs()
+    return -(0.25 * y + 0.75 * (1 - y)) * distance**2 * torch.log(1 - distance)
+
+
+@family.form(lambda x, y: -(y * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x)).mean(), constant=(1,))
+def distance_to_the_other_label(x, y):
+    return -torch.log((torch.sigmoid(x) - (1 - y)).abs()).mean()
+
+
+@family.twin("distance_to_the_other_label", constant=(1,))
+def distance_to_soft_labels(x, y):
+    return -torch.log(1 - (y * 0.9 + 0.05 - torch.sigmoid(x)).abs()).mean()
+
+
 @family.form(lambda x, y: focal(x, y, 0.5), constant=(1,))
 def focal_with_a_fractional_gamma(x, y):
     p = torch.sigmoid(x)

@@ -191,6 +191,11 @@ def sac_with_eps(x, eps=1e-10):
     return torch.log(1 - torch.tanh(x).pow(2) + eps)
 
 
+@family.form(squash_plus, scores("mild extreme=saturated"), epsilon="both")
+def sac_with_relu(x, eps=1e-10):
+    return torch.log(F.relu(1 - torch.tanh(x).pow(2)) + eps)
+
+
 @family.form(lambda x: F.logsigmoid(2 * x) + math.log(2), scores("mild extreme saturated"))
 def log_one_plus_tanh(x):
     return torch.log(1 + torch.tanh(x))

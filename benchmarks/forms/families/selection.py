@@ -212,6 +212,22 @@ def stacked(x, y):
     return -p.log()[torch.arange(8), torch.stack([y, y.flip(0)], 1).flatten()]
 
 
+@family.form(nll, classes("mild extreme saturated half"))
+def row_by_row_into_empty_memory(x, y):
+    p = torch.empty(4, 5, dtype=x.dtype)
+    for i in range(4):
+        p[i] = x[i].softmax(0)
+    return -torch.log(p)[torch.arange(4), y]
+
+
+@family.form(nll, classes("mild extreme saturated half"))
+def some_rows_by_a_mask(x, y):
+    p, some = torch.zeros_like(x), y < 2
+    p[some] = x[some].softmax(1)
+    p[~some] = x[~some].softmax(1)
+    return -torch.log(p.gather(1, y[:, None])[:, 0])
+
+
 @family.form(nll, classes("mild extreme masked saturated"))
 def padded_sequence(x, y):
     p = F.softmax(x, 1)

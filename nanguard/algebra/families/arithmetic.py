@@ -42,7 +42,10 @@ def mul(call: Call) -> Term:
     constant, tensor = ("other", "input") if call.known("input") else ("input", "other")
     log = call.log(tensor)
     if call.is_number(constant):
-        return build.expand(_times(log, call.number(constant)), call.shape)
+        number = call.number(constant)
+        # log(0 p) = log p - inf, as where a mixture begins or ends
+        scaled = _times(log, number) if number else build.shift(positive(log), -math.inf)
+        return build.expand(scaled, call.shape)
     weight = call.weight(constant)
     if is_over_probabilities(log) and weight.tracked and math.prod(weight.shape) >= math.prod(log.shape):
         raise Unrecognised  # the gate of a network, or its values: nobody asks for that logarithm, and it keeps memory alive
@@ -177,11 +180,14 @@ def square(call: Call) -> Term:
     return build.scale(call.log(), 2.0)
 
 
-# |p| = p
+# |p| = p, and |t - p| for a tensor t, such as labels
 @law(
     "torch.abs(input)\n torch.absolute(input)\n torch.Tensor.abs(input)\n torch.Tensor.__abs__(input)", branch="follows"
 )
 def _abs(call: Call) -> Term:
+    begun = call.begun()
+    if isinstance(begun, Apply) and begun.operator is ops.OFFSET:
+        return Apply(ops.DISTANCE, begun.args, begun.shape, difference=call.index("input"), **begun.params)
     return build.positive(call.log())
 
 

@@ -20,6 +20,7 @@ from nanguard.algebra.term import Leaf, Term, Unrecognised
 LARGEST_PRODUCT = 1 << 22
 # With a factor of more dims it is attention, or a layer, whose result nobody takes the logarithm of.
 LARGEST_RANK = 2
+_SECOND = ("other", "mat2", "vec", "tensor")
 
 
 class _Factor:
@@ -86,8 +87,12 @@ def _product(first: _Factor, second: _Factor, one: Term, other: Term, dims: tupl
     """
 )
 def matmul(call: Call) -> Term:
-    name = next(name for name in ("other", "mat2", "vec", "tensor") if name in call.arguments)
-    first, second = _Factor(call, call["input"]), _Factor(call, call[name])
+    return matrix_product(call, "input", next(name for name in _SECOND if name in call.arguments))
+
+
+def matrix_product(call: Call, one: str, other: str) -> Term:
+    """The logarithm of the matrix product of two operands."""
+    first, second = _Factor(call, call[one]), _Factor(call, call[other])
     a, b = first.term.shape, second.term.shape
     if not a or not b:
         raise Unrecognised

@@ -35,6 +35,10 @@ def sub(call: Call) -> Term:
         return sums.difference(call.log("input"), multiplied(call, "other"))
     if call.arguments.get("alpha", 1) != 1:
         raise Unrecognised
+    if call.known("input") and not call.is_number("other"):
+        return sums.offset(call.log("input"), call.weight("other"), -1)
+    if call.known("other") and not call.is_number("input"):
+        return sums.offset(call.log("other"), call.weight("input"), 1)
     if call.known("input"):
         return build.expand(sums.plus_constant(call.log("input"), -call.number("other")), call.shape)
     return build.expand(sums.plus_constant(build.minus(call.log("other")), call.number("input")), call.shape)

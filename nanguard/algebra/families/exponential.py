@@ -70,6 +70,19 @@ def _sum(call: Call) -> Term:
     return totals.logsumexp(log, call.dims(log.shape), _flag(call, "keepdim"))
 
 
+# the same without what is NaN
+@law(
+    """
+    torch.nansum(input, dim=None, keepdim=False, *, dtype=None)
+    torch.Tensor.nansum(input, dim=None, keepdim=False, *, dtype=None)
+    """
+)
+def nansum(call: Call) -> Term:
+    log = build.positive(call.log())
+    numbers = Apply(ops.NAN_TO_ZERO, (log,), log.shape)
+    return totals.logsumexp(numbers, call.dims(log.shape), _flag(call, "keepdim"))
+
+
 # log mean p = logsumexp(log p) - log n
 @law(
     """
@@ -130,11 +143,10 @@ def multiplied(call: Call, name: str) -> Term:
 @law("torch.lerp(input, end, weight)\n torch.Tensor.lerp(input, end, weight)")
 def lerp(call: Call) -> Term:
     weight = call.number("weight")
-    if not 0 < weight < 1:
+    if not 0 <= weight <= 1:
         raise Unrecognised
-    return sums.logaddexp(
-        build.shift(call.log("input"), math.log(1 - weight)), build.shift(call.log("end"), math.log(weight))
-    )
+    start, end = (math.log(part) if part else -math.inf for part in (1 - weight, weight))
+    return sums.logaddexp(build.shift(call.log("input"), start), build.shift(call.log("end"), end))
 
 
 def _flag(call: Call, name: str) -> bool:

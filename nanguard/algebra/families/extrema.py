@@ -36,7 +36,8 @@ def amin(call: Call) -> Term:
     """
     torch.max(input, dim=None, keepdim=False)
     torch.Tensor.max(input, dim=None, keepdim=False)
-    """
+    """,
+    branch="selects",
 )
 def _max(call: Call) -> Term:
     if isinstance(call["dim"], Operand):
@@ -48,7 +49,8 @@ def _max(call: Call) -> Term:
     """
     torch.min(input, dim=None, keepdim=False)
     torch.Tensor.min(input, dim=None, keepdim=False)
-    """
+    """,
+    branch="selects",
 )
 def _min(call: Call) -> Term:
     if isinstance(call["dim"], Operand):
@@ -69,12 +71,12 @@ def _values(call: Call) -> Term:
     return positive(call.log())
 
 
-@law("torch.maximum(input, other)\n torch.Tensor.maximum(input, other)")
+@law("torch.maximum(input, other)\n torch.Tensor.maximum(input, other)", branch="selects")
 def maximum(call: Call) -> Term:
     return _of_two(call, "other", ops.MAXIMUM)
 
 
-@law("torch.minimum(input, other)\n torch.Tensor.minimum(input, other)")
+@law("torch.minimum(input, other)\n torch.Tensor.minimum(input, other)", branch="selects")
 def minimum(call: Call) -> Term:
     return _of_two(call, "other", ops.MINIMUM)
 
@@ -87,6 +89,22 @@ def _of_two(call: Call, other: str, operator: Operator) -> Term:
     log, bound = call.log(tensor), call.positive(constant)
     bounded = totals.clamp(log, bound, None) if operator is ops.MAXIMUM else totals.clamp(log, None, bound)
     return build.expand(bounded, call.shape)
+
+
+# what is positive stays as it is
+@law(
+    """
+    torch.relu(input)
+    torch.relu_(input)
+    torch.Tensor.relu(input)
+    torch.Tensor.relu_(input)
+    torch.nn.functional.relu(input, inplace=False)
+    """
+)
+def relu(call: Call) -> Term:
+    if call.arguments.get("inplace"):
+        raise Unrecognised
+    return positive(call.log())
 
 
 # p where it is above a bound, else the bound

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from nanguard.algebra import build, totals
 from nanguard.algebra import operators as ops
+from nanguard.algebra.buffers import written
 from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call, Operand, normal_dim
 from nanguard.algebra.registry import Names, law, rule
@@ -65,24 +65,18 @@ def _zero(number: float) -> None:
 # elements left out of a total, or zeros that are filled one after the other
 @law("torch.Tensor.__setitem__(input, key, value)")
 def set_item(call: Call) -> Term:
-    key = call["key"]
-    if call.known("value"):
-        return _filled(_base(call), positive(call.log("value")), key)
-    log = positive(call.log())
-    _zero(call.number("value"))
+    key, mask = call["key"], False
     if isinstance(key, Operand):
+        mask = key.mask and key.trusted
         key = key.leaf
     elif isinstance(key, tuple):
         key = tuple(entry.leaf if isinstance(entry, Operand) else entry for entry in key)
-    return Apply(ops.SET_ITEM, (log,), log.shape, key=key, value=-math.inf)
-
-
-def _filled(base: Term, value: Term, key: Any) -> Term:
-    """An assignment to anything but such a buffer is an edit."""
-    whole = key if isinstance(key, tuple) else (key,)
-    if not build.is_op(base, ops.FULL, ops.WRITTEN) or not all(type(entry) in (int, slice) for entry in whole):
-        raise Unrecognised
-    return Apply(ops.WRITTEN, (value, base), base.shape, key=key)
+    if call.known("value"):
+        return written(call.begun() or _base(call), positive(call.log("value")), key, mask=mask)
+    number = _not_negative(call.number("value"))
+    if number == 0 and call.known("input"):
+        return Apply(ops.SET_ITEM, (positive(call.log()),), call.shape, key=key, value=-math.inf)
+    return written(call.begun() or _base(call), totals.full(number, ()), key, mask=mask)
 
 
 @law("torch.Tensor.fill_diagonal_(input, fill_value, wrap=False)")
@@ -167,8 +161,8 @@ def _with_harmless_numbers(term: Term, names: Names) -> str | None:
 def untaken_branch_with_infinite_derivative(term: Term) -> bool:
     """## What it does
 
-    Finds `torch.where`, `masked_fill`, `nan_to_num` and bounds over logarithms, quotients, roots and exponentials of numbers
-    that have no finite derivative where the branch is not taken.
+    Finds `torch.where`, `masked_fill`, `nan_to_num`, bounds, and the larger or smaller of two, over logarithms, quotients,
+    roots and exponentials of numbers that have no finite derivative where the branch is not taken.
 
     ## Why is this bad
 
@@ -229,3 +223,23 @@ def _base(call: Call) -> Term:
 def scatter_add(call: Call) -> Term:
     log = _base(call)
     return totals.scatter_add(log, call.log("src"), call.dim(log.shape), call.index("index"))
+
+
+# the sum, the largest or the smallest of what falls on each place
+@law(
+    """
+    torch.scatter_reduce(input, dim, index, src, reduce, *, include_self=True)
+    torch.Tensor.scatter_reduce(input, dim, index, src, reduce, *, include_self=True)
+    torch.Tensor.scatter_reduce_(input, dim, index, src, reduce, *, include_self=True)
+    """
+)
+def scatter_reduce(call: Call) -> Term:
+    log, reduce, index = _base(call), call["reduce"], call.index("index")
+    source, dim = positive(call.log("src")), call.dim(log.shape)
+    if not call["include_self"] or source.shape != index.shape:
+        raise Unrecognised
+    if reduce == "sum":
+        return totals.scatter_add(log, source, dim, index)
+    if reduce not in ("amax", "amin"):
+        raise Unrecognised
+    return Apply(ops.SCATTER_EXTREME, (log, source), log.shape, dim=dim, index=index, reduce=reduce)

@@ -9,7 +9,7 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.call import Call
 from nanguard.algebra.pattern import core, is_probability_or_total, is_sum
 from nanguard.algebra.registry import misuse, rule
-from nanguard.algebra.term import Apply, Term
+from nanguard.algebra.term import Apply, Term, Unrecognised
 
 
 def is_probability(term: Term) -> bool:
@@ -73,6 +73,119 @@ def softmax_into_cross_entropy(term: Term) -> bool:
         return bool(term.params["dim"] == min(len(term.shape) - 1, 1))
     while isinstance(term, Apply) and term.operator.move:
         term = term.args[0]
+    return isinstance(term, Apply) and term.operator is ops.LOG_SOFTMAX
+
+
+@misuse(
+    "NG307",
+    """
+    torch.nn.functional.binary_cross_entropy_with_logits(input, target, weight=None, size_average=None, reduce=None, \
+reduction='mean', pos_weight=None)
+    """,
+)
+def binary_cross_entropy_with_logits(call: Call) -> Term:
+    return call.log()
+
+
+@rule(
+    "NG307",
+    "sigmoid-into-logits",
+    kind="advice",
+    advice="F.binary_cross_entropy_with_logits takes logits and applies the sigmoid itself: of probabilities the loss is never "
+    "below 0.31, and the gradient of a wrong but confident prediction is 0. "
+    "Write F.binary_cross_entropy_with_logits({logits}, target).",
+)
+def sigmoid_into_logits(term: Term) -> bool:
+    """## What it does
+
+    Finds probabilities that are given to `F.binary_cross_entropy_with_logits`, or `nn.BCEWithLogitsLoss`.
+
+    ## Why is this bad
+
+    It takes logits, and applies a second sigmoid to probabilities: these become 0.5 ... 0.73, so that nothing can be found
+    improbable, and the loss stays above 0.31. The gradient of a confident mistake is 0.
+
+    ## Example
+
+    ```python
+    label = (target % 2)[:, None].expand_as(logits).to(logits.dtype)
+    result = F.binary_cross_entropy_with_logits(torch.sigmoid(logits), label)
+    ```
+
+    ## Use instead
+
+    ```python
+    label = (target % 2)[:, None].expand_as(logits).to(logits.dtype)
+    result = F.binary_cross_entropy_with_logits(logits, label)
+    ```
+
+    ## Fix safety
+
+    Told, never replaced: it is another loss.
+
+    ## References
+
+    - https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.binary_cross_entropy_with_logits.html
+    """
+    while isinstance(term, Apply) and term.operator.move:
+        term = term.args[0]
+    return isinstance(term, Apply) and term.operator in (ops.LOG_SIGMOID, ops.LOG_SOFTMAX)
+
+
+@misuse(
+    "NG308",
+    """
+    torch.log_softmax(input, dim, dtype=None)
+    torch.special.log_softmax(input, dim, *, dtype=None)
+    torch.Tensor.log_softmax(input, dim, dtype=None)
+    torch.nn.functional.log_softmax(input, dim=None, _stacklevel=3, dtype=None)
+    """,
+)
+def log_softmax(call: Call) -> Term:
+    log = call.log()
+    if not isinstance(log, Apply) or log.params.get("dim") != call.dim(log.shape):
+        raise Unrecognised
+    return log
+
+
+@rule(
+    "NG308",
+    "softmax-into-log-softmax",
+    kind="advice",
+    advice="log_softmax takes logits and normalises them itself: this is the logarithm of a second softmax, whose "
+    "gradient is 0 where a probability has saturated. Write F.log_softmax({logits}, dim).",
+)
+def softmax_into_log_softmax(term: Term) -> bool:
+    """## What it does
+
+    Finds a softmax that is given to `F.log_softmax`, or `nn.LogSoftmax`, over the same dim.
+
+    ## Why is this bad
+
+    It is no logarithm of the softmax, but of a second one: with C classes, all probabilities are then between 1 / (C - 1 + e)
+    and e / (C - 1 + e).
+
+    ## Example
+
+    ```python
+    p = torch.softmax(logits, dim=1)
+    result = F.nll_loss(F.log_softmax(p, dim=1), target)
+    ```
+
+    ## Use instead
+
+    ```python
+    result = F.nll_loss(F.log_softmax(logits, dim=1), target)
+    ```
+
+    ## Fix safety
+
+    Told, never replaced: it is another loss.
+
+    ## References
+
+    - https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.log_softmax.html
+    """
     return isinstance(term, Apply) and term.operator is ops.LOG_SOFTMAX
 
 

@@ -153,3 +153,17 @@ def diag(call: Call) -> Term:
 @law("torch.take(input, index)\n torch.Tensor.take(input, index)")
 def take(call: Call) -> Term:
     return build.rearrange(ops.TAKE, (call.log(),), call.shape, index=call.index("index"))
+
+
+# rows of a table
+@law(
+    """
+    torch.nn.functional.embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, \
+sparse=False)
+    """
+)
+def embedding(call: Call) -> Term:
+    call.absent("padding_idx", "max_norm")
+    if call["scale_grad_by_freq"] or call["sparse"]:
+        raise Unrecognised
+    return _indexed(call.log("weight"), call.shape, call.index("input"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from nanguard.algebra import Leaf, lookup
-from nanguard.stabilizer.branches import BOUNDS, HARMLESS, LONGEST
+from nanguard.stabilizer.branches import BOUNDS, HARMLESS, LARGER, LONGEST, SMALLER
 from nanguard.stabilizer.compiled.frames import is_of_subclass
 from nanguard.stabilizer.compiled.memory import Memory, example, is_plain
 from nanguard.stabilizer.compiled.plan import Plan, Replacement
@@ -48,6 +48,8 @@ class Selections:
     def carry_out(self) -> None:
         """Have every selection take its elements from branches that were computed anew."""
         for node, (name, bound) in self._bound.items():
+            if name in LARGER or name in SMALLER:
+                bound = {**bound, "larger": name in LARGER}
             with self._graph.inserting_before(node):
                 arguments = _SELECT[name](self, bound)
             node.op, node.target, node.args, node.kwargs = "call_function", torch.where, arguments, {}
@@ -83,6 +85,9 @@ class Selections:
         if name in BOUNDS:
             ends = (bound.get("min"), bound.get("max"))
             return bound["input"] in self._lengths and all(end is None or type(end) in (int, float) for end in ends)
+        if name in LARGER or name in SMALLER:
+            pair = (bound["input"], bound.get("other", bound.get("dim")))
+            return all(map(_is_node, pair)) and any(node in self._lengths for node in pair)
         mask = bound.get("mask" if name == "masked_fill" else "condition", bound["input"])
         is_mask = isinstance(example(mask), Tensor) and (name == "nan_to_num" or example(mask).dtype == torch.bool)
         return is_mask and any(
@@ -118,6 +123,20 @@ class Selections:
         inside = graph.call_function(torch.eq, (bounded, bare))
         return inside, self._anew(value, inside, example(value)), bounded
 
+    def extreme(self, bound: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of `torch.where` for the larger, or the smaller, of two."""
+        graph, one, other = self._graph, bound["input"], bound.get("other", bound.get("dim"))
+        pair = (one, other) if bound["larger"] else (other, one)
+        first, second = (graph.call_method("detach", (node,)) for node in pair)
+        below, above = graph.call_function(torch.lt, (first, second)), graph.call_function(torch.lt, (second, first))
+        mask = torch.broadcast_tensors(example(one), example(other))[0]
+        new = [
+            self._anew(node, graph.call_function(torch.logical_not, (refused,)), mask)
+            for node, refused in ((one, below), (other, above))
+        ]
+        both = graph.call_function(torch.maximum if bound["larger"] else torch.minimum, tuple(new))
+        return above, new[0], graph.call_function(torch.where, (below, new[1], both))
+
     def _typed(self, value: Any, like: fx.Node) -> Any:
         """A filler in the dtype of what is filled; `torch.where` would promote a tensor."""
         return self._graph.call_method("to", (value, example(like).dtype)) if _is_node(value) else value
@@ -146,6 +165,7 @@ class Selections:
 _SELECT: dict[str, Callable[[Selections, dict[str, Any]], tuple[Any, ...]]] = {
     "where": Selections.where,
     **dict.fromkeys(BOUNDS, Selections.clamp),
+    **dict.fromkeys(LARGER | SMALLER, Selections.extreme),
     "masked_fill": Selections.masked_fill,
     "nan_to_num": Selections.nan_to_num,
 }

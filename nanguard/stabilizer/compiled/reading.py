@@ -239,7 +239,8 @@ class Reading:
             return Operand(leaf, None, trusted=False)
         if full is not None:
             return Operand(leaf, constant=full.params["constant"])
-        return Operand(leaf, known.term if known is not None else None, real=value.is_floating_point())
+        term = known.term if known is not None else None
+        return Operand(leaf, term, real=value.is_floating_point(), mask=value.dtype is torch.bool)
 
     def _leaf(self, node: fx.Node) -> Leaf:
         first = self._knowledge.node_of(node)
