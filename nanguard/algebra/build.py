@@ -133,6 +133,8 @@ def shift(a: Term, constant: float) -> Term:
     if math.isnan(constant):  # 0 / 0
         raise Unrecognised
     none = abs(constant) < 1e-15  # what log c and -log c leave over
+    if not none and is_op(a, ops.COMPLEMENT):
+        return _with_sign(flip, shift(a.args[0], constant))  # type: ignore[union-attr] # it is close to 1 no more
     return _with_sign(flip, a if none else Apply(ops.SHIFT, (a,), a.shape, other=constant))
 
 

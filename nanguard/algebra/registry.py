@@ -51,7 +51,7 @@ class Law:
             looked at.
         quotient: whether the result itself may overflow although it is known, and is then replaced too.
         begins: for a source, whether a call with these arguments is one.
-        advice: for a misuse, the code of its rule.
+        advice: for a misuse, and for what can be one, the code of its rule.
         branch: ``singular`` where a derivative may be infinite although the element is not selected later, ``follows`` where
             one is carried on, ``selects`` where it comes to light.
     """

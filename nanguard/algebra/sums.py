@@ -21,6 +21,7 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.build import is_op, minus, unsigned
 from nanguard.algebra.factors import between_sigmoids, common_factor, mixture
 from nanguard.algebra.others import left_out, rest_of_cumsum, rest_of_sum, without
+from nanguard.algebra.pattern import operators
 from nanguard.algebra.term import Apply, Leaf, Term, Unrecognised
 from nanguard.algebra.totals import clamp, full, total, weigh
 
@@ -141,7 +142,7 @@ def _rest_of_mixture(a: Term, constant: float) -> Term | None:
     """Rests on c - (k p + m q + d) = k (1 - p) + m (1 - q) + (c - k - m - d), if the last is not negative."""
     parts, added = mixture(a)
     factors = [factor for factor, _ in parts]
-    rests = [_rest(part) for _, part in parts]
+    rests = [_sure(_rest(part)) for _, part in parts]
     left, least = math.fsum([constant, -added, *(-factor for factor in factors)]), _ROUNDING * constant
     if not rests or any(rest is None for rest in rests) or left < -least:
         return None
@@ -154,8 +155,13 @@ def _rest_of_mixture(a: Term, constant: float) -> Term | None:
 
 def _rest_of_product(a: Apply) -> Term | None:
     """Rests on 1 - p q = (1 - p) + p (1 - q)."""
-    one, other = (_rest(arg) for arg in a.args)
+    one, other = (_sure(_rest(arg)) for arg in a.args)
     return None if one is None or other is None else logaddexp(one, build.add(a.args[0], other))
+
+
+def _sure(rest: Term | None) -> Term | None:
+    """What has a logarithm for sure: a distance to what is no label may be larger than 1."""
+    return None if rest is None or operators(rest) & {"distance", "closeness"} else rest
 
 
 def _rest_of_clamped(a: Apply) -> Term | None:

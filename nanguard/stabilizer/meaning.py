@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nanguard.algebra import Spelling
@@ -37,7 +38,11 @@ MEANINGS: dict[Function, Any] = {}
 
 def meaning_of(function: Function) -> Any:
     """What a function means, as one of the words above or as the law that knows it."""
-    found: Any = law_table().get(function) or misuse_table().get(function)
+    found: Any = law_table().get(function)
+    misuse = misuse_table().get(function)
+    if found is not None and misuse is not None:
+        found = (replace(found[0], advice=misuse[0].advice), found[1])
+    found = found or misuse
     if found is None:
         name = getattr(function, "__name__", "").partition(".")[0]
         owner = getattr(getattr(function, "__self__", None), "__name__", "") if name in ("__get__", "__set__") else name

@@ -25,6 +25,7 @@ from nanguard.stabilizer.quotients import Quotients
 from nanguard.stabilizer.reading import Reading
 from nanguard.stabilizer.regions import Stay
 from nanguard.stabilizer.report import Report
+from nanguard.stabilizer.resolve import misuse_table
 from nanguard.stabilizer.student import Computation, Student
 
 __all__ = ["StabilizerMode"]
@@ -94,6 +95,8 @@ class StabilizerMode(TorchFunctionMode):
         if type(meaning) is tuple:
             law, spelling = meaning
             known = self._concerns(law, args, kwargs)
+            if law.advice and law.role == "source" and self._knowledge.might_know((*args, *kwargs.values())):
+                self._look_for_misuse(func, args, kwargs)
             branch = law.branch != "" and self._branches.concern(law, args, kwargs)
             if not (known or branch):
                 return self._as_written(spelling, func, args, kwargs)
@@ -228,6 +231,12 @@ class StabilizerMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         with _without_modes():
             return self._student.learn_again(law, spelling, look, args, kwargs, result)
+
+    def _look_for_misuse(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A source that may be given something else than it expects."""
+        if not environment.is_tracing() and self._stay.look():
+            with _without_modes():
+                self._answer(*misuse_table()[func], None, partial(func, *args, **kwargs))
 
     def _answer(self, law: Law, spelling: Spelling, look: Look | None, call: partial[Any]) -> Tensor | None:
         if look is not None:
