@@ -348,6 +348,31 @@ class TestWhoeverLooksAtAStep:
         for value, right in zip(found, expected, strict=True):
             torch.testing.assert_close(value.double(), right, rtol=1e-5, atol=1e-3)
 
+    def test_batched_derivatives(self):
+        x = normal(5)
+        found = []
+        for guarded in (True, False):
+            y = x.clone().requires_grad_()
+            if guarded:
+                with nanguard.stabilize() as swaps:
+                    value = swishes(y, 3)
+            else:
+                value = swishes(y, 3)
+            found.append(torch.autograd.grad(value, y, torch.eye(5), is_grads_batched=True)[0])
+        assert swaps
+        torch.testing.assert_close(*found)
+
+    def test_operands_in_any_order(self):
+        x = normal(40, 20) * 30
+        for _ in range(2):
+            with nanguard.stabilize():
+                weight, shares = torch.exp(x[0]), []
+                for row in x[1:]:
+                    weight = weight * torch.exp(row)
+                    shares.append(torch.div(other=weight.sum(), input=weight)[:3].log())
+            exact = x.double().cumsum(0)[1:].log_softmax(1)[:, :3]
+            torch.testing.assert_close(torch.stack(shares).double(), exact, rtol=1e-5, atol=1e-3)
+
 
 PRODUCTS = {
     "matrix": (lambda p, q: p @ q, (30, 20), (20, 10)),

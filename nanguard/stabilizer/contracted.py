@@ -19,7 +19,7 @@ from nanguard.algebra import operators as ops
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.scaled import Scaled
 
-__all__ = ["contraction", "is_contraction"]
+__all__ = ["contraction", "is_contraction", "may_look"]
 
 # Fewer products are laid out in no time.
 _MANY = 1 << 12
@@ -37,17 +37,16 @@ def is_contraction(term: Term) -> bool:
     return any(math.prod(factor.shape) < math.prod(products.shape) for factor in products.args)
 
 
-def _may_look(tensor: Tensor) -> bool:
+def may_look(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether numbers may decide how something is computed: not under checkpoints, nor where a device would be waited for."""
-    if not tensor.is_cpu or tensor.dtype not in _DTYPES or torch.get_float32_matmul_precision() != "highest":
+    if device.type != "cpu" or dtype not in _DTYPES or torch.get_float32_matmul_precision() != "highest":
         return False
-    surrounded = torch._C._len_torch_dispatch_stack() or environment.has_hooks_of_saved_tensors()
-    return not surrounded and not environment.in_transform()
+    return not environment.is_surrounded() and not environment.has_hooks_of_saved_tensors()
 
 
 def contraction(a: Scaled, b: Scaled, shape: tuple[int, ...], dims: tuple[int, ...], keepdim: bool) -> Scaled | None:
     """The total over `dims` of the products of two numbers that broadcast to `shape`; `None` where digits would be lost."""
-    if not _may_look(a.log) or len(shape) > len(ascii_letters):
+    if len(shape) > len(ascii_letters):
         return None
     (one, high), (other, higher) = _without_largest(a, shape, dims), _without_largest(b, shape, dims)
     kept = [dim for dim in range(len(shape)) if dim not in dims]

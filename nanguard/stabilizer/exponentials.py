@@ -60,5 +60,4 @@ class _Sigmoid(torch.autograd.Function):
         if torch.is_grad_enabled():
             return grad * torch.sigmoid(x) * torch.sigmoid(-x)
         small = x.abs().neg_().exp_()
-        slope = torch.square(small + 1.0).reciprocal_().mul_(small)
-        return slope.mul_(grad)
+        return grad * torch.square(small + 1.0).reciprocal_().mul_(small)

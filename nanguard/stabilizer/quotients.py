@@ -57,7 +57,7 @@ class Quotients:
         self._stay = stay
 
     def answer(
-        self, term: Term, parents: Sequence[Known], naive: Tensor, in_place: bool
+        self, term: Term, parents: Sequence[Known], naive: Tensor, in_place: bool, operands: Sequence[Known]
     ) -> tuple[Answer, list[Tensor]] | None:
         """What takes the place of a result, and what it is computed from; `None` where it stays.
 
@@ -66,17 +66,18 @@ class Quotients:
             parents: what is known of its operands.
             naive: as the user's code computed it.
             in_place: whether it did so in place.
+            operands: the parents in the order that they have in all calls that look the same.
         """
         differentiable = naive.requires_grad or environment.in_transform()
-        operands = [known.term for known in parents]
-        found = for_quotient(term, operands, in_place=in_place, differentiable=differentiable)
+        found = for_quotient(term, (known.term for known in parents), in_place=in_place, differentiable=differentiable)
         if found is None:
             return None
         answer, values = answer_by(*found, naive.dtype)
         again = any(known.again for known in parents)
         if isinstance(term, Apply) and not in_place and is_begun_anew(term, again=again):
-            answer.restart = Restart(term, operands, compute_dtype(term, naive.dtype))
-            values = answer.restart.values
+            restart = Restart(term, [known.term for known in operands], compute_dtype(term, naive.dtype))
+            if list(map(id, restart.values)) == list(map(id, values)):
+                answer.restart = restart
         return answer, values
 
     def swap(

@@ -154,7 +154,8 @@ class Student:
         law, bound, reading, in_place, look, key = computation
         parents = reading.parents
         outline, values, versions = outlined(term)
-        answer = self._quotients.answer(term, parents, result, in_place) if may_overflow else None
+        operands = parents if look is None else look.parents
+        answer = self._quotients.answer(term, parents, result, in_place, operands) if may_overflow else None
         digits: Digits = "unknown" if in_place else digits_of(law, outline)
         divisor = divisor_of(law, bound) if digits == "if divisor" and answer is not None else None
         if divisor is None and digits == "if divisor":
@@ -169,7 +170,7 @@ class Student:
             swapped = self._quotients.swap(*answer, result, parents, divisor if exact else None, in_place)
             result, softmax, exact, beginnings = swapped
             if beginnings:
-                self._begin_anew(beginnings, result, answer[1], parents, exact, lesson is not None)
+                self._begin_anew(beginnings, result, answer[1], operands, exact, lesson is not None)
                 return result
         basis = basis_for(softmax, values[0].dtype, exact) if has_basis(outline) else None
         self._knowledge.record(result, outline, values, versions, parents, lesson, basis, exact, answer is not None)
