@@ -6,12 +6,17 @@ from collections.abc import Iterable
 
 from nanguard.algebra.families.epsilon import drop_epsilons
 from nanguard.algebra.linear import exponential, fails_in_gradient_only
-from nanguard.algebra.operators import FLOOR_ZERO
+from nanguard.algebra.operators import FLOOR_ZERO, LOG_SIGMOID, LOG_SOFTMAX
 from nanguard.algebra.pattern import is_softmax_of_logits, unshifted, vanishes
 from nanguard.algebra.registry import Rule, lookup, match
 from nanguard.algebra.term import Apply, Term, Unrecognised
 
-__all__ = ["for_logarithm", "for_quotient"]
+__all__ = ["for_logarithm", "for_quotient", "is_begun_anew", "is_long", "stem"]
+
+# Larger terms are long: what was computed of them is remembered in their place.
+_LONG = 24
+# What comes from a quotient that may have been replaced already is likely to be a step of a recursion.
+_AGAIN = 8
 
 
 def for_logarithm(
@@ -59,3 +64,23 @@ def for_quotient(
     except Unrecognised:
         return None
     return rule, stable
+
+
+def is_long(term: Term) -> bool:
+    """Whether a term is so large that it is not computed time and again."""
+    return term.size > _LONG
+
+
+def is_begun_anew(term: Term, *, again: bool) -> bool:
+    """Whether what was computed of a quotient is remembered in the place of where it came from.
+
+    Arguments:
+        term: its logarithm.
+        again: whether it comes from a quotient itself.
+    """
+    return term.size > _LONG or (again and term.size > _AGAIN)
+
+
+def stem(term: Term) -> Term:
+    """What is computed of a quotient, at least: of softmaxes and sigmoids, their argument."""
+    return term.args[0] if isinstance(term, Apply) and term.operator in (LOG_SOFTMAX, LOG_SIGMOID) else term

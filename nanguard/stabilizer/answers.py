@@ -15,6 +15,7 @@ from nanguard.stabilizer.evaluate import Program, compute_dtype, is_fresh, progr
 from nanguard.stabilizer.graft import Derivative, Function, graft
 from nanguard.stabilizer.outline import filled, outlined
 from nanguard.stabilizer.picked import Picking, picking
+from nanguard.stabilizer.restarts import Beginning, Restart
 
 __all__ = ["Answer", "answer_by", "grafted"]
 
@@ -36,6 +37,7 @@ class Answer:
         as_written: whether it is what the code says, computed otherwise.
         may_stay: whether the value as written costs no more, where it has all its digits.
         near_one: whether the logarithm of what is close to 1 has them.
+        restart: how it is computed, if what was computed is what is remembered of it.
     """
 
     __slots__ = (
@@ -47,6 +49,7 @@ class Answer:
         "near_one",
         "outline",
         "picking",
+        "restart",
         "rule",
         "watched",
     )
@@ -61,6 +64,7 @@ class Answer:
         self.as_written = False
         self.may_stay = is_small(outline)
         self.near_one = is_picked(outline)
+        self.restart: Restart | None = None
         self._program: Program = program(outline, inner)
 
     def written(self, values: Sequence[Tensor]) -> Callable[[], Term]:
@@ -69,15 +73,33 @@ class Answer:
 
     def computed(self, values: Sequence[Tensor], naive: Tensor) -> Tensor | None:
         """The stable value from these tensors, or `None` where it cannot take the place of the naive one."""
+        return self._checked(self._program, values, naive)
+
+    def computed_with_beginnings(
+        self, values: Sequence[Tensor], naive: Tensor
+    ) -> tuple[Tensor | None, list[Beginning]]:
+        """The same, and what is remembered in the place of where it came from."""
+        restart, found = self.restart, []
+        if restart is None or environment.in_transform():
+            return self.computed(values, naive), []
+
+        def run(values: Sequence[Tensor]) -> Tensor:
+            result, beginnings = restart.computed(values)
+            found.extend(beginnings)
+            return result
+
+        return self._checked(run, values, naive), found
+
+    def _checked(self, run: Program, values: Sequence[Tensor], naive: Tensor) -> Tensor | None:
         if any(value.device != naive.device for value in values):
             return None
         if any(name is not None for name in getattr(naive, "names", ())):
             return None
         if not torch.is_autocast_enabled(naive.device.type):
-            stable = self._program(values)
+            stable = run(values)
         else:
             with torch.autocast(naive.device.type, enabled=False):
-                stable = self._program(values)
+                stable = run(values)
         differentiable = torch.is_grad_enabled() and naive.requires_grad
         if stable.shape != naive.shape or (stable.requires_grad != differentiable and not environment.in_transform()):
             return None

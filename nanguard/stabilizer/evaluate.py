@@ -12,14 +12,17 @@ from torch import Tensor
 
 from nanguard.algebra import Apply, Leaf, Term
 from nanguard.algebra import operators as ops
-from nanguard.algebra.pattern import core, is_sum
+from nanguard.algebra.build import negate
+from nanguard.algebra.decisions import stem
+from nanguard.algebra.pattern import constant_of, core, is_sum
 from nanguard.stabilizer import scaled
-from nanguard.stabilizer.functional import exponential
+from nanguard.stabilizer.contracted import contraction, is_contraction, may_look
+from nanguard.stabilizer.functional import exponential, sigmoid
 from nanguard.stabilizer.outline import filled_value
 from nanguard.stabilizer.resolve import function
 from nanguard.stabilizer.scaled import Scaled
 
-__all__ = ["Program", "compute_dtype", "evaluate", "is_fresh", "program"]
+__all__ = ["Program", "compute_dtype", "evaluate", "exponential_with_parts", "is_fresh", "program"]
 
 # Computes an outline of the tensors that its numbers stand for.
 Program = Callable[[Sequence[Tensor]], Tensor]
@@ -46,6 +49,27 @@ def program(outline: Term, dtype: torch.dtype) -> Program:
     """The same, private, for an outline, whatever its tensors: made once, and run often."""
     straight = _straight(outline, dtype, copied=True) if _is_straight(outline) else None
     return straight or (lambda values: _Evaluation(dtype, values[0].device, True, values).log(outline))
+
+
+def exponential_with_parts(
+    outline: Term, others: Sequence[Term], dtype: torch.dtype
+) -> Callable[[Sequence[Tensor]], tuple[Tensor, Scaled, list[Scaled]]]:
+    """Computes the exponential of an outline, what that comes from (its stem), and what others are that are part of it."""
+
+    def run(values: Sequence[Tensor]) -> tuple[Tensor, Scaled, list[Scaled]]:
+        evaluation = _Evaluation(dtype, values[0].device, True, values)
+        own, whole = evaluation.number(stem(outline)), stem(outline) is outline
+        if whole:
+            result = scaled.number(own)
+        if not (whole and outline.signed):
+            own = Scaled(scaled.logarithm(own, floor=not whole))
+        if not whole:
+            assert isinstance(outline, Apply)
+            operator = ops.SOFTMAX if outline.operator is ops.LOG_SOFTMAX else ops.SIGMOID
+            result = function(operator.function)(own.log, **outline.params)
+        return result, own, [evaluation.number(other) for other in others]
+
+    return run
 
 
 def is_fresh(term: Term) -> bool:
@@ -120,11 +144,18 @@ class _Evaluation:
             return scaled.logarithm_of_sum(*self._summands(term))
         if _by_factor(term):
             return scaled.logarithm(self.scaled(term))
+        total = self._contraction(term)
+        if total is not None:
+            return total.log if total.factor is None else total.log + total.factor.log()
         if term.operator is ops.FULL:
             number = torch.full((), term.params["constant"], dtype=self._dtype, device=self._device)
             return number.log().expand(term.shape)
         if term.operator is ops.EXPONENTIAL:
             inner = term.args[0]
+            weighed = _weighed_sigmoid(inner)
+            if weighed is not None:
+                weight, x = map(self.log, weighed)
+                return weight * sigmoid(x)
             by_factor = isinstance(inner, Apply) and (inner.signed or _by_factor(inner))
             return scaled.number(self.scaled(inner)) if by_factor else exponential(self.log(inner))
         saves_input = self._private and term.operator not in _SAVE_OUTPUT
@@ -142,8 +173,33 @@ class _Evaluation:
         first, second = map(self.scaled, term.args)
         return [first, scaled.negative(second) if term.operator is ops.DIFFERENCE else second]
 
+    def _contraction(self, term: Apply) -> Scaled | None:
+        """A total of products in one go, where that can be had."""
+        # In this order: in code that is compiled, sizes may be symbols.
+        if term.operator is not ops.LOGSUMEXP or not may_look(self._dtype, self._device) or not is_contraction(term):
+            return None
+        products = term.args[0]
+        assert isinstance(products, Apply)
+        first, second = products.args
+        number = self._factor(first)
+        if products.operator is ops.WEIGH:
+            weight = self.log(second)
+            other = Scaled(torch.zeros_like(weight.detach()), weight)
+        else:
+            other = self._factor(second)
+        return contraction(number, other, products.shape, term.params["dim"], term.params["keepdim"])
+
+    def _factor(self, term: Term) -> Scaled:
+        # Without derivatives, none saves the user's own tensor.
+        return self.number(term) if torch.is_grad_enabled() else self.number(term, private=False)
+
     def _parameters(self, term: Apply) -> dict[str, Any]:
         return {name: filled_value(value, self._values) for name, value in term.params.items()}
+
+    def number(self, term: Term, private: bool | None = None) -> Scaled:
+        """The number that a term stands for, with a factor only where it needs one."""
+        by_factor = isinstance(term, Apply) and (term.signed or _by_factor(term))
+        return self.scaled(term) if by_factor else Scaled(self.log(term, private))
 
     def scaled(self, term: Term) -> Scaled:
         """The number that a term stands for."""
@@ -165,11 +221,35 @@ class _Evaluation:
             return scaled.weighed(self.scaled(term.args[0]), weight if term.operator is ops.WEIGH else 1 - weight)
         if term.operator is ops.COMPLEMENT and term.signed:
             return self.scaled(term.args[0])
+        x = _sigmoid_in(term) if term.signed else None
+        if x is not None:
+            weighed = self.scaled(term.args[0])
+            return Scaled(weighed.log + torch.nn.functional.logsigmoid(self.log(x)), weighed.factor)
+        total = self._contraction(term) if term.signed else None
+        if total is not None:
+            return total
         if term.operator.name in _OF_VALUES:
             return _OF_VALUES[term.operator.name](*map(self.log, term.args), **params)
         if term.operator.name in _SCALED and (term.signed or term.operator not in _OF_POSITIVE):
             return _SCALED[term.operator.name](*map(self.scaled, term.args), **params)
         return Scaled(self.log(term))
+
+
+def _sigmoid_in(term: Term) -> Term | None:
+    """The x of p / (1 + e^-x), which is p sigmoid(x)."""
+    below = term.args[1] if isinstance(term, Apply) and term.operator is ops.SUBTRACT else None
+    if not isinstance(below, Apply) or below.operator is not ops.PLUS_CONSTANT or below.signed:
+        return None
+    return negate(below.args[0]) if below.params["constant"] == 1.0 else None
+
+
+def _weighed_sigmoid(term: Term) -> tuple[Term, Term] | None:
+    """The w and the x of w / (1 + e^-x)."""
+    x = _sigmoid_in(term)
+    above = term.args[0] if isinstance(term, Apply) and x is not None else None
+    if x is None or not isinstance(above, Apply) or above.operator is not ops.WEIGH:
+        return None
+    return (above.args[1], x) if constant_of(above.args[0]) == 1.0 else None
 
 
 def _by_factor(term: Apply) -> bool:
@@ -205,6 +285,8 @@ def _is_straight(term: Term) -> bool:
         seen.add(id(part))
         if isinstance(part, Apply):
             if part.operator in (ops.DIFFERENCE, ops.FULL, ops.EXPONENTIAL) or part.signed or _by_factor(part):
+                return False
+            if is_contraction(part):
                 return False
             stack.extend(part.args)
     return True

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanguard.stabilizer import environment
+from nanguard.stabilizer.exponentials import exponential, sigmoid
 
 __all__ = [
     "binary_cross_entropy",
@@ -48,29 +49,6 @@ __all__ = [
     "written",
     "xlogy",
 ]
-
-
-def exponential(l: Tensor) -> Tensor:  # noqa: E741
-    """exp(l), whose derivative is 0 where nobody asks for one (that of torch is 0 * inf = NaN where exp(l) is inf)."""
-    if environment.in_transform():
-        return torch.exp(l)
-    result: Tensor = _Exponential.apply(l)  # type: ignore[no-untyped-call]
-    return result
-
-
-@final
-class _Exponential(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, l: Tensor) -> Tensor:  # noqa: E741
-        result = torch.exp(l)
-        ctx.save_for_backward(result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (result,) = ctx.saved_tensors
-        derivative: Tensor = grad * result.masked_fill(grad == 0, 0.0)
-        return derivative
 
 
 def logsumexp(l: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:  # noqa: E741
@@ -260,13 +238,6 @@ def log_tail(l: Tensor, dim: int) -> Tensor:  # noqa: E741
     tails = logcumsumexp(torch.log_softmax(l, dim).flip(dim), dim).flip(dim)
     last = torch.full_like(tails.narrow(dim, 0, 1), -math.inf)
     return torch.cat([tails.narrow(dim, 1, length - 1), last], dim)
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)), whose derivative keeps its digits where the sigmoid rounds to 1 (that of torch is 0 there)."""
-    positive = x.detach() >= 0
-    small = torch.exp(torch.where(positive, -x, x))
-    return torch.where(positive, 1.0, small) / (1.0 + small)
 
 
 def clamp_min(l: Tensor, constant: float) -> Tensor:  # noqa: E741

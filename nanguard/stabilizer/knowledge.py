@@ -6,26 +6,31 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, final
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanguard.algebra import Term
 from nanguard.stabilizer.basis import Basis
-from nanguard.stabilizer.foreign import addresses_of_foreign, lie_in
+from nanguard.stabilizer.memory import (
+    addresses_of_foreign,
+    is_plain,
+    keeps_too_much_alive,
+    lie_in,
+    owns_memory,
+    storage_key,
+)
 from nanguard.stabilizer.outline import filled
 from nanguard.stabilizer.region import Region
 
-__all__ = ["Knowledge", "Known", "is_plain", "node_of", "owns_memory", "storage_key"]
+__all__ = ["Knowledge", "Known", "is_plain", "node_of", "origins_of", "owns_memory", "storage_key"]
 
 # Larger terms, and longer histories, are forgotten: an exponential moving average must not keep all that went into it alive.
 LARGEST_TERM = 256
 LONGEST_HISTORY = 256
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_dispatch_keys = torch._C._dispatch_keys
-# By the dispatch keys of a tensor, which say all that makes one of no subclass plain or not.
-_ARE_PLAIN: dict[int, bool] = {}
+# Of longer recursions only the latest are kept: whatever is edited, what was computed stays true.
+_MOST_ORIGINS = 256
+_NOTHING: frozenset[int | None] = frozenset()
 
 
 @final
@@ -47,17 +52,21 @@ class Known:
         region: the checkpointed region that it was learnt in.
         basis: what a large softmax can be had from later.
         exact: whether the tensor has all its digits.
+        again: whether it is, or comes from, a quotient that may have been replaced.
+        origins: memory that it depended on before what was computed took its place. Edits of that make it forgotten as well.
     """
 
     __slots__ = (
         "__weakref__",
         "_storages",
         "_term",
+        "again",
         "basis",
         "depth",
         "exact",
         "lesson",
         "node",
+        "origins",
         "outline",
         "parents",
         "pinned",
@@ -92,10 +101,15 @@ class Known:
         self.version = value._version
         self.requires_grad = value.requires_grad
         self.node = node_of(value)
-        depth = 0
+        depth, again, origins = 0, False, _NOTHING
         for parent in parents:
             depth = max(depth, parent.depth)
+            again = again or parent.again
+            if parent.origins and parent.origins is not origins:
+                origins = origins | parent.origins if origins else parent.origins
         self.depth: int = depth + 1
+        self.again: bool = again
+        self.origins: frozenset[int | None] = origins
         self._storages: frozenset[int | None] | None = None
         self._term: Term | None = None
 
@@ -110,12 +124,22 @@ class Known:
     def storages(self) -> frozenset[int | None]:
         """The memory that it depends on. Edits are rare, and most tensors are gone before there is one."""
         if self._storages is None:
-            self._storages = frozenset(storage_key(part) for part in self.depends_on() if part is not None)
+            tensors = self.depends_on()
+            self._storages = self.origins.union(storage_key(part) for part in tensors if part is not None)
         return self._storages
 
     def depends_on(self) -> tuple[Tensor | None, ...]:
         """The tensor, what its term is made of, and what its node has saved."""
         return (self.tensor(), *self.values, *(() if self.basis is None else self.basis.saved()))
+
+    def begin_anew(self, outline: Term, values: Sequence[Tensor], lesson: object) -> None:
+        """Remember another form of the same logarithm. Nobody can watch derivatives where there are none."""
+        self.origins = origins_of(self.values, (self,))
+        self.outline, self.values, self.lesson = outline, values, lesson
+        self.versions = [value._version for value in values]
+        self.basis = self._storages = self._term = None
+        if not self.requires_grad:
+            self.parents, self.depth = (), 1
 
     def is_pinned(self) -> bool:
         """Whether it, or anything known that it came from, is pinned."""
@@ -198,6 +222,8 @@ class Knowledge:
         lesson: object = None,
         basis: Basis | None = None,
         exact: bool = False,
+        again: bool = False,
+        origins: frozenset[int | None] | None = None,
     ) -> None:
         """Note the logarithm of a tensor. The arguments are those of `Known`."""
         key = id(tensor)
@@ -207,7 +233,15 @@ class Knowledge:
         known.region = self.region
         known.exact = exact
         known.basis = basis
-        if outline.size > LARGEST_TERM or known.depth > LONGEST_HISTORY:
+        if again:
+            known.again = True
+        if origins:
+            known.origins = origins
+        if (
+            outline.size > LARGEST_TERM
+            or known.depth > LONGEST_HISTORY
+            or (not known.requires_grad and keeps_too_much_alive(values, tensor))
+        ):
             self._known.pop(key, None)
             return
         self._known[key] = known
@@ -269,44 +303,17 @@ class Knowledge:
             del self._known[key]
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether it is an ordinary dense tensor, of no subclass, that counts its versions."""
-    if type(tensor) not in _PLAIN:
-        return False
-    keys = _dispatch_keys(tensor).raw_repr()
-    plain = _ARE_PLAIN.get(keys)
-    if plain is None:
-        plain = _ARE_PLAIN[keys] = _is_plain(tensor)
-    return plain
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    if tensor.layout is not torch.strided:
-        return False
-    return not (tensor.is_inference() or tensor.is_neg() or tensor.is_meta or tensor.is_nested)
+def origins_of(values: Sequence[Tensor], parents: Sequence[Known]) -> frozenset[int | None]:
+    """The memory of these tensors, and what these depended on."""
+    new = frozenset(map(storage_key, values))
+    found = new.union(*(parent.origins for parent in parents))
+    return found if len(found) <= _MOST_ORIGINS else new
 
 
 def node_of(tensor: Tensor) -> int | None:
     """Which derivative a tensor has."""
     node = tensor.grad_fn
     return None if node is None else node._sequence_nr()
-
-
-def owns_memory(tensor: Tensor) -> bool:
-    """Whether torch alone holds the memory: what it shares with NumPy, a buffer or another process cannot be resized."""
-    try:
-        return bool(tensor.untyped_storage().resizable())
-    except (NotImplementedError, RuntimeError):  # under functorch
-        return True
-
-
-def storage_key(tensor: Tensor) -> int | None:
-    """What tensors of the same memory have in common; `None` for those without memory (under functorch)."""
-    try:
-        key: int = tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None
-    return key
 
 
 def entries(value: Any) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanguard.algebra import Apply, Leaf, Term
 
-__all__ = ["counts_up", "filled", "filled_value", "looks", "may_count_up", "outlined"]
+__all__ = ["counts_up", "filled", "filled_value", "looks", "may_count_up", "outlined", "outlined_together"]
 
 # Longer ones are not looked into.
 LONGEST_INDEX = 1 << 14
@@ -34,6 +34,16 @@ def looks() -> int:
 
 def outlined(term: Term) -> tuple[Term, list[Tensor], list[int]]:
     """The outline of a term, the tensors that its numbers stand for, and the versions that they had."""
+    (outline,), values, versions = _outlined([term])
+    return outline, values, versions
+
+
+def outlined_together(terms: Sequence[Term]) -> tuple[list[Term], list[Tensor]]:
+    """The outlines of several terms, and the tensors that their numbers stand for. What they share stays one and the same."""
+    return _outlined(terms)[:2]
+
+
+def _outlined(terms: Sequence[Term]) -> tuple[list[Term], list[Tensor], list[int]]:
     values: list[Tensor] = []
     versions: list[int] = []
     numbers: dict[int, int] = {}
@@ -51,7 +61,8 @@ def outlined(term: Term) -> tuple[Term, list[Tensor], list[int]]:
             blank = blanks[place, leaf.tracked] = Leaf(place, leaf.shape, 0, leaf.tracked)
         return blank
 
-    return _replaced(term, number, {}), values, versions
+    done: dict[int, Term] = {}
+    return [_replaced(term, number, done) for term in terms], values, versions
 
 
 def filled(outline: Term, values: Sequence[Tensor], versions: Sequence[int]) -> Term:

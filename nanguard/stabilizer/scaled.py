@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nanguard.stabilizer import environment
 from nanguard.stabilizer.functional import exponential
 
 __all__ = [
@@ -233,8 +234,17 @@ def number(value: Scaled) -> Tensor:
     log, factor = value
     if factor is None:
         return exponential(log)
+    if _is_below_overflow(log):
+        return exponential(log) * factor
     nothing = (factor.detach() == 0) & torch.exp(log.detach()).isinf()
     return exponential(log.masked_fill(nothing, 0.0)) * factor
+
+
+def _is_below_overflow(log: Tensor) -> bool:
+    """Whether no exponential is inf, where that can be asked."""
+    if not log.is_cpu or not log.numel() or environment.is_surrounded() or environment.has_hooks_of_saved_tensors():
+        return False
+    return log.detach().amax().item() < math.log(torch.finfo(log.dtype).max)
 
 
 def _of(log: Tensor, factor: Tensor | None) -> Scaled:

@@ -14,12 +14,13 @@ from nanguard.stabilizer.advisor import Advisor
 from nanguard.stabilizer.answers import Answer
 from nanguard.stabilizer.basis import basis_for
 from nanguard.stabilizer.calls import Look
-from nanguard.stabilizer.knowledge import Knowledge, Known
+from nanguard.stabilizer.knowledge import Knowledge, Known, origins_of
 from nanguard.stabilizer.memo import UNSEEN, Lesson, Memo, Reply
 from nanguard.stabilizer.outline import outlined
 from nanguard.stabilizer.picked import has_basis
 from nanguard.stabilizer.quotients import Quotients
 from nanguard.stabilizer.reading import Reading
+from nanguard.stabilizer.restarts import Beginning
 
 __all__ = ["Computation", "Student"]
 
@@ -88,13 +89,44 @@ class Student:
         exact = _is_exact(lesson.digits, parents)
         if reply is not None:
             divisor = look.values[reply.subject] if exact and reply.subject >= 0 else None
-            swapped = self._quotients.swap(reply.answer, reply.values(look), result, parents, divisor)
-            result, softmax, exact = swapped
+            sources = reply.values(look)
+            swapped = self._quotients.swap(reply.answer, sources, result, parents, divisor)
+            result, softmax, exact, beginnings = swapped
+            if beginnings:
+                self._begin_anew(beginnings, result, sources, parents, exact)
+                return result
         values = [look.values[pick] for pick in lesson.picks]
         basis = basis_for(softmax, values[0].dtype, exact) if lesson.has_basis else None
         versions = [value._version for value in values]
-        self._knowledge.record(result, lesson.outline, values, versions, parents, lesson, basis, exact)
+        self._knowledge.record(
+            result, lesson.outline, values, versions, parents, lesson, basis, exact, reply is not None
+        )
         return result
+
+    def _begin_anew(
+        self,
+        beginnings: Sequence[Beginning],
+        result: Tensor,
+        sources: Sequence[Tensor],
+        parents: tuple[Known, ...],
+        exact: bool,
+        repeats: bool = True,
+    ) -> None:
+        origins = origins_of(sources, parents)
+        for beginning in beginnings:
+            known = parents[beginning.operand] if beginning.operand >= 0 else None
+            tensor = result if known is None else known.tensor()
+            if tensor is None:
+                continue
+            outline, values = beginning[1:]
+            lesson = beginning.lesson(tensor, known is None or known.again) if repeats else None
+            if known is None:
+                versions = [value._version for value in values]
+                self._knowledge.record(
+                    result, outline, values, versions, (), lesson, exact=exact, again=True, origins=origins
+                )
+            else:
+                known.begin_anew(outline, values, lesson)
 
     def learn(self, computation: Computation, result: Any) -> Any:
         """Learn from a call. Gives what the user's code gets."""
@@ -122,7 +154,8 @@ class Student:
         law, bound, reading, in_place, look, key = computation
         parents = reading.parents
         outline, values, versions = outlined(term)
-        answer = self._quotients.answer(term, parents, result, in_place) if may_overflow else None
+        operands = parents if look is None else look.parents
+        answer = self._quotients.answer(term, parents, result, in_place, operands) if may_overflow else None
         digits: Digits = "unknown" if in_place else digits_of(law, outline)
         divisor = divisor_of(law, bound) if digits == "if divisor" and answer is not None else None
         if divisor is None and digits == "if divisor":
@@ -135,9 +168,12 @@ class Student:
         softmax, exact = result, _is_exact(digits, parents)
         if answer is not None:
             swapped = self._quotients.swap(*answer, result, parents, divisor if exact else None, in_place)
-            result, softmax, exact = swapped
+            result, softmax, exact, beginnings = swapped
+            if beginnings:
+                self._begin_anew(beginnings, result, answer[1], operands, exact, lesson is not None)
+                return result
         basis = basis_for(softmax, values[0].dtype, exact) if has_basis(outline) else None
-        self._knowledge.record(result, outline, values, versions, parents, lesson, basis, exact)
+        self._knowledge.record(result, outline, values, versions, parents, lesson, basis, exact, answer is not None)
         return result
 
 
