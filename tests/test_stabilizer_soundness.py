@@ -692,3 +692,15 @@ class TestContext:
                 nanguard.stabilize()(function)
         with pytest.raises(TypeError, match="3 is not callable"):
             nanguard.stabilize()(3)
+
+
+def test_edits_of_parameters_without_memory():
+    """Those of lazy modules, beside something known."""
+    layer = torch.nn.LazyLinear(3)
+    x = torch.randn(4, 3) * 100
+    with nanguard.stabilize() as swaps:
+        p = torch.softmax(x, 1)
+        layer(torch.ones(2, 5)).sum().backward()
+        value = p.log()
+    assert swaps
+    torch.testing.assert_close(value, x.log_softmax(1))

@@ -13,6 +13,8 @@ __all__ = ["addresses_of_foreign", "is_plain", "keeps_too_much_alive", "lie_in",
 MOST_MEMORY = 128 << 20
 MOST_PARTS = 4
 
+# Under functorch, and of parameters that a lazy module has not initialised.
+_NO_MEMORY = (NotImplementedError, RuntimeError, ValueError)
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _dispatch_keys = torch._C._dispatch_keys
 # By the dispatch keys of a tensor, which say all that makes one of no subclass plain or not.
@@ -40,15 +42,15 @@ def owns_memory(tensor: Tensor) -> bool:
     """Whether torch alone holds the memory: what it shares with NumPy, a buffer or another process cannot be resized."""
     try:
         return bool(tensor.untyped_storage().resizable())
-    except (NotImplementedError, RuntimeError):  # under functorch
+    except _NO_MEMORY:
         return True
 
 
 def storage_key(tensor: Tensor) -> int | None:
-    """What tensors of the same memory have in common; `None` for those without memory (under functorch)."""
+    """What tensors of the same memory have in common; `None` for those without memory."""
     try:
         key: int = tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
+    except _NO_MEMORY:
         return None
     return key
 
@@ -57,7 +59,7 @@ def _bytes_of(tensor: Tensor) -> int:
     """How much memory is kept alive by a tensor."""
     try:
         return tensor.untyped_storage().nbytes()
-    except (NotImplementedError, RuntimeError):  # under functorch
+    except _NO_MEMORY:
         return 0
 
 
@@ -79,7 +81,7 @@ def addresses_of_foreign(tensor: Tensor) -> range | None:
         if memory.resizable():
             return None
         return range(memory.data_ptr(), memory.data_ptr() + memory.nbytes())
-    except (NotImplementedError, RuntimeError):  # under functorch
+    except _NO_MEMORY:
         return None
 
 
@@ -91,7 +93,7 @@ def lie_in(tensors: Iterable[Tensor | None], addresses: range) -> bool:
         try:
             memory = tensor.untyped_storage()
             start = memory.data_ptr()
-        except (NotImplementedError, RuntimeError):
+        except _NO_MEMORY:
             continue
         if start < addresses.stop and addresses.start < start + memory.nbytes():
             return True
