@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import nanguard
 from nanguard.stabilizer import pages
-from nanguard.stabilizer.pages import LARGE, product
+from nanguard.stabilizer.pages import LARGE, LARGEST, product
 
 CLASSES = 8192
 ROWS = LARGE // 4 // CLASSES
@@ -87,6 +87,12 @@ def test_in_a_backward_pass(by_hand):
     torch.testing.assert_close(gradient, expected)
     if has_huge_pages() and flags(gradient) is not None:
         assert "hg" in flags(gradient)
+
+
+def test_very_large_results_lie_where_they_would():
+    tensor, factor = torch.zeros(LARGEST // 4 // CLASSES + 1, CLASSES), torch.ones(1, 1)
+    with torch.no_grad():
+        assert "hg" not in (flags(product(tensor, factor)) or [])
 
 
 def test_without_such_pages(monkeypatch):

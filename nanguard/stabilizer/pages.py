@@ -1,7 +1,8 @@
 """Memory for large results: more than half of the time that it takes to write one goes by while the kernel hands out pages.
 
 Linux gives memory in pages of 2 MiB instead of 4 KiB where that is asked for (`madvise(2)`, `MADV_HUGEPAGE`), as NumPy does for
-its large arrays. It is a hint; where it is not followed, nothing is lost.
+its large arrays. It is a hint; where it is not followed, nothing is lost. Of very large results it is not given: a virtual
+machine may hand huge pages back to its host while they are idle, and having many of them again takes longer than small ones.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from nanguard.stabilizer import environment
 
-__all__ = ["LARGE", "product"]
+__all__ = ["LARGE", "LARGEST", "product"]
 
 # In bytes. glibc maps whatever is larger by itself, so that the hint concerns nothing else; and less has few huge pages.
 LARGE = 1 << 25
+LARGEST = 5 << 25
 
 
 def product(tensor: Tensor, factor: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def product(tensor: Tensor, factor: Tensor) -> Tensor:
 
 
 def _may_be_huge(tensor: Tensor) -> bool:
-    if not tensor.is_cpu or tensor.numel() * tensor.element_size() < LARGE:
+    if not tensor.is_cpu or not LARGE <= tensor.numel() * tensor.element_size() <= LARGEST:
         return False
     return not (torch._C._len_torch_dispatch_stack() or environment.in_transform())
 
