@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from nanguard.algebra import Law, Spelling
-from nanguard.stabilizer.knowledge import is_plain, node_of, storage_key
-from nanguard.stabilizer.memory import addresses_of_foreign, lie_in
+from nanguard.stabilizer.knowledge import node_of
+from nanguard.stabilizer.memory import addresses_of_foreign, is_plain, lie_in, storage_key
 
 __all__ = ["BOUNDS", "HARMLESS", "LARGER", "LONGEST", "SMALLER", "Branches"]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from nanguard.stabilizer.knowledge import Knowledge, Known, is_plain, owns_memory
+from nanguard.stabilizer.knowledge import Knowledge, Known
+from nanguard.stabilizer.memory import is_plain, owns_memory
 
 __all__ = ["Look", "look_at"]
 

@@ -16,13 +16,12 @@ from nanguard.stabilizer.memory import (
     is_plain,
     keeps_too_much_alive,
     lie_in,
-    owns_memory,
     storage_key,
 )
 from nanguard.stabilizer.outline import filled
 from nanguard.stabilizer.region import Region
 
-__all__ = ["Knowledge", "Known", "is_plain", "node_of", "origins_of", "owns_memory", "storage_key"]
+__all__ = ["Knowledge", "Known", "entries", "node_of", "origins_of"]
 
 # Larger terms, and longer histories, are forgotten: an exponential moving average must not keep all that went into it alive.
 LARGEST_TERM = 256

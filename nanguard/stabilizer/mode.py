@@ -16,9 +16,10 @@ from nanguard.stabilizer.advisor import Advisor
 from nanguard.stabilizer.branches import Branches
 from nanguard.stabilizer.calls import Look, look_at
 from nanguard.stabilizer.compiled import watch
-from nanguard.stabilizer.knowledge import Knowledge, entries, owns_memory
+from nanguard.stabilizer.knowledge import Knowledge, entries
 from nanguard.stabilizer.meaning import EDIT, ESCAPE, MEANINGS, PASS, Function, meaning_of
 from nanguard.stabilizer.memo import UNSEEN
+from nanguard.stabilizer.memory import owns_memory
 from nanguard.stabilizer.outline import outlined
 from nanguard.stabilizer.queries import Queries
 from nanguard.stabilizer.quotients import Quotients

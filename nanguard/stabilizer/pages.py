@@ -38,7 +38,7 @@ def product(tensor: Tensor, factor: Tensor) -> Tensor:
 def _may_be_huge(tensor: Tensor) -> bool:
     if not tensor.is_cpu or not LARGE <= tensor.numel() * tensor.element_size() <= LARGEST:
         return False
-    return not (torch._C._len_torch_dispatch_stack() or environment.in_transform())
+    return not environment.is_surrounded()
 
 
 def _ask_for_huge_pages(tensor: Tensor) -> None:

@@ -124,7 +124,7 @@ def _may_take_its_memory(naive: Tensor, stable: Tensor, dtype: torch.dtype) -> b
         return False
     if type(naive.grad_fn).__name__ not in _SAVE_NO_RESULT or naive._base is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or environment.has_hooks_of_saved_tensors() or environment.in_transform():
+    if environment.is_surrounded() or environment.has_hooks_of_saved_tensors():
         return False
     return torch.is_grad_enabled() and stable.requires_grad and math.isfinite(stable.detach().sum().item())
 

@@ -13,7 +13,8 @@ from nanguard.algebra import Apply, Call, Law, Leaf, Operand, Term, Unrecognised
 from nanguard.algebra.call import is_logarithm
 from nanguard.algebra.operators import FULL
 from nanguard.stabilizer import environment
-from nanguard.stabilizer.knowledge import Knowledge, Known, is_plain, owns_memory
+from nanguard.stabilizer.knowledge import Knowledge, Known
+from nanguard.stabilizer.memory import is_plain, owns_memory
 from nanguard.stabilizer.outline import counts_up, looks, may_count_up
 
 __all__ = ["Reading"]

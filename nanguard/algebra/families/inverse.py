@@ -11,17 +11,16 @@ from nanguard.algebra.call import Call
 from nanguard.algebra.registry import law
 from nanguard.algebra.term import Apply, Term, Unrecognised
 
-
-# exp log_softmax(x, d) = softmax(x, d); nothing is kept for it but the dim
-@law(
-    """
+LOG_SOFTMAX = """
     torch.log_softmax(input, dim, dtype=None)
-    torch.special.log_softmax(input, dim, dtype=None)
+    torch.special.log_softmax(input, dim, *, dtype=None)
     torch.Tensor.log_softmax(input, dim, dtype=None)
     torch.nn.functional.log_softmax(input, dim=None, _stacklevel=3, dtype=None)
-    """,
-    source=True,
-)
+    """
+
+
+# exp log_softmax(x, d) = softmax(x, d); nothing is kept for it but the dim
+@law(LOG_SOFTMAX, source=True)
 def log_softmax(call: Call) -> Term:
     logits = call.leaf()
     return Apply(ops.NORMALISED, (), logits.shape, dim=call.dim(logits.shape))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from nanguard.algebra import operators as ops
 from nanguard.algebra.call import Call
+from nanguard.algebra.families.inverse import LOG_SOFTMAX
 from nanguard.algebra.pattern import core, is_probability_or_total, is_sum
 from nanguard.algebra.registry import misuse, rule
 from nanguard.algebra.term import Apply, Term, Unrecognised
@@ -132,15 +133,7 @@ def sigmoid_into_logits(term: Term) -> bool:
     return isinstance(term, Apply) and term.operator in (ops.LOG_SIGMOID, ops.LOG_SOFTMAX)
 
 
-@misuse(
-    "NG308",
-    """
-    torch.log_softmax(input, dim, dtype=None)
-    torch.special.log_softmax(input, dim, *, dtype=None)
-    torch.Tensor.log_softmax(input, dim, dtype=None)
-    torch.nn.functional.log_softmax(input, dim=None, _stacklevel=3, dtype=None)
-    """,
-)
+@misuse("NG308", LOG_SOFTMAX)
 def log_softmax(call: Call) -> Term:
     log = call.log()
     if not isinstance(log, Apply) or log.params.get("dim") != call.dim(log.shape):
