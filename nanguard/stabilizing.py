@@ -44,6 +44,10 @@ class UnstableOpsWatch:
         """Whether the next step should run under the stabiliser."""
         return self._found or self._seen < self._trial
 
+    def stay_on(self) -> None:
+        """Something was replaced, which the graph of the loss need not show: a target that no derivative flows into."""
+        self._found = True
+
     def look(self, loss: Tensor) -> None:
         """Reads the graph of a loss before it is freed by the backward pass."""
         if self._found or loss.grad_fn is None:
@@ -71,7 +75,7 @@ class StepStabilizer:
     def __init__(self, options: Stabilize, swaps: list[Swap], advice: list[Advice]) -> None:
         self._around = _stabilizer(options, swaps, advice)
         self._watch = UnstableOpsWatch()
-        self._swaps, self._told = swaps, len(swaps)
+        self._swaps, self._told, self._counted = swaps, len(swaps), 0
         self._advice, self._advised = advice, len(advice)
 
     @property
@@ -88,6 +92,10 @@ class StepStabilizer:
         """Looks at the graph of a loss, and tells what was found since."""
         if self._around is None:
             return
+        counted = sum(swap.count for swap in self._swaps)
+        if counted > self._counted:
+            self._counted = counted
+            self._watch.stay_on()
         self._watch.look(loss)
         for swap in self._swaps[self._told :]:
             self._told += 1

@@ -690,6 +690,8 @@ class TestContext:
                 TypeError, match="coroutine or generator function, whose body would run outside the block"
             ):
                 nanguard.stabilize()(function)
+        with pytest.raises(TypeError, match="Linear is a class, whose methods would run outside the block"):
+            nanguard.stabilize()(torch.nn.Linear)
         with pytest.raises(TypeError, match="3 is not callable"):
             nanguard.stabilize()(3)
 

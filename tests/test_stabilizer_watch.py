@@ -19,6 +19,8 @@ UNSTABLE = {
     "in place": lambda: torch.softmax(X, 1).clone().log_().sum(),
     "softmax by hand": lambda: (X.exp() / X.exp().sum(1, keepdim=True)).sum(),
     "sigmoid by hand": lambda: (1 / (1 + (-X).exp())).sum(),
+    "a branch": lambda: torch.where(X > 0, X.abs().sqrt(), 0.0).sum(),
+    "a norm that is selected": lambda: torch.where(X.detach().sum(1) > 0, X.norm(dim=1), 0.0).sum(),
 }
 STABLE = {
     "cross entropy": lambda: F.cross_entropy(X, Y),
@@ -26,6 +28,8 @@ STABLE = {
     "logsumexp": lambda: torch.logsumexp(X, 1).sum(),
     "logsigmoid": lambda: F.logsigmoid(X).sum(),
     "exponential without division": lambda: X.exp().sum(),
+    "root without selection": lambda: X.abs().sqrt().sum(),
+    "selection without root": lambda: torch.where(X > 0, X, -X).sum(),
     "division without exponential": lambda: (X / X.abs().sum()).sum(),
     "no graph": lambda: torch.log(X.detach().abs()).sum(),
 }

@@ -232,3 +232,31 @@ def test_the_stabiliser_comes_back_when_the_loss_changes(tmp_path):
     (swap,) = guard.swaps
     # Off after three stable losses, on again from the step after the first hand-rolled one.
     assert swap.count == 3
+
+
+class Targets(Plain):
+    """Soft targets by hand, which no derivative flows into: the graph of the loss does not show them."""
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            e = (300 * batch[0][:, :2]).exp()
+            targets = e / e.sum(1, keepdim=True)
+        return F.cross_entropy(self.net(batch[0]) * torch.tensor([1.0, -1.0]), targets)
+
+
+class Roots(Plain):
+    """The trap of `torch.where`, which the graph shows."""
+
+    def training_step(self, batch, batch_idx):
+        z = self.net(batch[0]).relu()
+        return torch.where(z > 0, z.sqrt(), z).mean() + self.net(batch[0]).square().mean()
+
+
+@pytest.mark.parametrize(("module", "rule"), [(Targets, "NG201"), (Roots, "NG401")])
+def test_the_stabiliser_stays_where_it_replaces_something(tmp_path, module, rule):
+    guard = NanGuard(captures=tmp_path)
+    fit(made(module), data(), guard, max_epochs=4)
+    (swap,) = guard.swaps
+    assert swap.rule == rule
+    assert swap.count == 4 * 6
+    assert guard.incidents == []

@@ -8,11 +8,28 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from nanguard.algebra import Term
+from nanguard.stabilizer.knowledge import Known
 from nanguard.stabilizer.report import Report
 
-__all__ = ["Block", "active_blocks"]
+__all__ = ["Block", "Exchanging", "active_blocks"]
 
 _THREAD = threading.local()
+
+
+class Exchanging(Protocol):
+    """The side of a block that compiled code deals with."""
+
+    def receive(self, tensor: Tensor, term: Term, parents: tuple[Known, ...] = ()) -> None:
+        """Learn the logarithm of what compiled code has computed from what was known."""
+
+    def known(self, tensor: Tensor) -> Known | None:
+        """What is known about a tensor that compiled code is given."""
+
+    def replaces(self, known: Known) -> bool:
+        """Whether its logarithm is not computed as written."""
+
+    def logarithm(self, tensor: Tensor, odds: bool) -> Tensor | None:
+        """The logarithm of a tensor that is known, or that of its odds."""
 
 
 class Block(Protocol):
@@ -24,6 +41,10 @@ class Block(Protocol):
 
     report: Report
 
+    @property
+    def exchange(self) -> Exchanging:
+        """The side that compiled code deals with."""
+
     def __enter__(self) -> Any:
         """Begin it."""
 
@@ -32,9 +53,6 @@ class Block(Protocol):
 
     def close(self) -> None:
         """Forget everything."""
-
-    def receive(self, tensor: Tensor, term: Term) -> None:
-        """Learn the logarithm of what compiled code has computed."""
 
     def is_renewed(self) -> bool:
         """Whether a backward pass that recomputes the code that runs now will do so in a mode like this one."""

@@ -45,7 +45,7 @@ class stabilize:
 
     Raises:
         ValueError: for any other `epsilon` or `saturated`.
-        TypeError: where a coroutine or generator function is decorated: its body would run outside the block.
+        TypeError: where a coroutine or generator function, or a class, is decorated: its code would run outside the block.
 
     Example:
         >>> with nanguard.stabilize() as swaps:
@@ -123,6 +123,11 @@ class stabilize:
             raise TypeError(
                 f"stabilize: {name} is a coroutine or generator function, whose body would run outside the block; "
                 "use `with nanguard.stabilize():` inside it, around code that neither awaits nor yields"
+            )
+        if isinstance(function, type):
+            raise TypeError(
+                f"stabilize: {function.__qualname__} is a class, whose methods would run outside the block; decorate the "
+                "method that computes the loss, such as forward or training_step"
             )
         if not callable(function):
             raise TypeError(f"stabilize: {function!r} is not callable; expected @stabilize(), or `with stabilize():`")

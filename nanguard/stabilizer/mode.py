@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from nanguard.algebra import Law, Leaf, Spelling, Term, lookup
+from nanguard.algebra import Law, Leaf, Spelling, lookup
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.advisor import Advisor
 from nanguard.stabilizer.branches import Branches
 from nanguard.stabilizer.calls import Look, look_at
 from nanguard.stabilizer.compiled import watch
+from nanguard.stabilizer.exchange import Exchange
 from nanguard.stabilizer.knowledge import Knowledge, entries
 from nanguard.stabilizer.meaning import EDIT, ESCAPE, MEANINGS, PASS, Function, meaning_of
 from nanguard.stabilizer.memo import UNSEEN
-from nanguard.stabilizer.memory import owns_memory
-from nanguard.stabilizer.outline import outlined
 from nanguard.stabilizer.queries import Queries
 from nanguard.stabilizer.quotients import Quotients
 from nanguard.stabilizer.reading import Reading
@@ -116,13 +115,10 @@ class StabilizerMode(TorchFunctionMode):
             self._branches.pin(subject)
         return func(*args, **kwargs)
 
-    def receive(self, tensor: Tensor, term: Term) -> None:
-        """Learn the logarithm of what compiled code has computed."""
-        outline, values, versions = outlined(term)
-        trusted = all(map(self._knowledge.is_trusted, (tensor, *values))) and all(map(owns_memory, values))
-        # A recomputation is told nothing, so no checkpoint may be around.
-        if trusted and not environment.is_tracing() and self._stay.look() and self._stay.may_keep(()):
-            self._knowledge.record(tensor, outline, values, versions, ())
+    @property
+    def exchange(self) -> Exchange:
+        """The side that compiled code deals with."""
+        return Exchange(self._knowledge, self._stay, self.report, self._drop, self.__torch_function__)
 
     def is_renewed(self) -> bool:
         """Whether a backward pass that recomputes the code that runs now will do so in a mode like this one."""

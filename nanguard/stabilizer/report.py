@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import CodeType, FrameType
 from typing import Any, TypeAlias, TypeVar, final
@@ -143,6 +144,15 @@ class Report:
             if not self._open:  # in a backward pass, which an exception would leave half done
                 self.tell(quietly=True)
         return known
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Note nothing for a while."""
+        silent, self._silent = self._silent, True
+        try:
+            yield
+        finally:
+            self._silent = silent
 
     def begin(self) -> None:
         """A block begins."""

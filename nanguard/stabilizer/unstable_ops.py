@@ -11,13 +11,16 @@ from nanguard.stabilizer.regions import Recomputation
 
 __all__ = ["has_unstable_ops"]
 
-# A logarithm, or the graft that took the place of one or of a quotient, is enough; an exponential needs something that divides.
+# A logarithm, or the graft that took the place of one or of a quotient, is enough; an exponential needs something that divides,
+# and a root something that selects.
 # What was compiled cannot be seen, and would be compiled anew, without a guard, once the stabiliser is off.
 _ALONE = ("Log", "Log2", "Log10", "Log1P", "BinaryCrossEntropy", "_Graft", "_GraftInPlace", "CompiledFunction")
 _DIVISIONS = ("Div", "Reciprocal", "Pow")
+_ROOTS = ("Sqrt", "Rsqrt", "Acos", "Asin", "LinalgVectorNorm", "Norm")
 _REENTRANT = CheckpointFunction.__name__
 
 
+_RATIO, _BRANCH = {"exponential", "division"}, {"root", "selection"}
 _KINDS: dict[str, str] = {}
 
 
@@ -26,13 +29,16 @@ def _kind(name: str) -> str:
         return "alone"
     if name == _REENTRANT:
         return "region"
-    return "exponential" if name == "Exp" else "division" if name in _DIVISIONS else ""
+    if name in _ROOTS:
+        return "root"
+    return {"Exp": "exponential", "Where": "selection"}.get(name, "division" if name in _DIVISIONS else "")
 
 
 def has_unstable_ops(loss: Tensor, limit: int | None = None) -> bool:
     """Whether the graph of a loss contains an operation that a rule might replace, or has replaced.
 
-    That is a logarithm of any base, a binary cross-entropy of probabilities, or an exponential together with a division.
+    That is a logarithm of any base, a binary cross-entropy of probabilities, an exponential together with a division, or a root
+    together with a `where`.
     `log_softmax`, `cross_entropy`, `logsumexp` and the built-in softmax (attention) are stable as they are and do not count.
     The inside of compiled regions cannot be seen, so that they always count; that of custom functions cannot either, and that
     of reentrant checkpoints only in so far as something was replaced there.
@@ -49,7 +55,7 @@ def has_unstable_ops(loss: Tensor, limit: int | None = None) -> bool:
         return False
     queue: list[Any] = [loss.grad_fn]
     seen = {loss.grad_fn}
-    exponential = division = False
+    kinds: set[str] = set()
     for node in queue:
         name = type(node).__name__
         kind = _KINDS.get(name)
@@ -58,9 +64,8 @@ def has_unstable_ops(loss: Tensor, limit: int | None = None) -> bool:
         if kind:
             if kind == "alone" or (kind == "region" and isinstance(getattr(node, "run_function", None), Recomputation)):
                 return True
-            exponential |= kind == "exponential"
-            division |= kind == "division"
-            if exponential and division:
+            kinds.add(kind)
+            if kinds >= _RATIO or kinds >= _BRANCH:
                 return True
         for following, _ in node.next_functions:
             if following is not None and following not in seen:

@@ -11,7 +11,8 @@ The semantics, in full:
    those of the new node, since autograd has not run yet; what nobody uses any more, nobody computes.
 4. In doubt nothing is replaced: memory written into unseen, subclasses of tensors, transforms, functions of unknown effect,
    values at which derivatives are asked for, sizes about which a question cannot be answered for every call.
-5. Knowledge enters no graph: it ends at the boundaries of higher-order operations, and where a graph begins. What a graph
-   knows about its results, and in terms of its inputs and results alone, is told to the eager code that follows. Regions under
-   `torch.utils.checkpoint` are graphs of their own.
+5. Knowledge ends at the boundaries of higher-order operations. Regions under `torch.utils.checkpoint` are graphs of their own.
+6. Where a graph of a block begins and ends, knowledge crosses. What it knows about its results is told to the eager code that
+   follows, together with what that depends on, as further results (`handed`). What the block knows about its inputs it takes as
+   further inputs, in a graph of its own for calls in which they are known (`given`).
 """

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, final
 
 from nanguard.incident import Swap
+from nanguard.stabilizer.compiled.counted import counted
 from nanguard.stabilizer.compiled.settings import Settings
-from nanguard.stabilizer.compiled.watch import counted
 from nanguard.stabilizer.report import Report
 
 if TYPE_CHECKING:

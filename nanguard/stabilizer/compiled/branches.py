@@ -39,11 +39,13 @@ class Selections:
         self._plan = plan
         self._memory: Memory = plan.memory
         self._lengths: dict[fx.Node, int] = {}
+        # What has been made stable is not computed anew, but what is multiplied by it is.
+        self._stable = {found.node for found in plan.replacements if found.rule.kind == "logarithm"}
         self._bound: dict[fx.Node, tuple[str, dict[str, Any]]] = {}
         for node in graph.nodes:
             self._visit(node)
         rule = lookup("NG401")
-        self.replacements = [Replacement(node, rule, Leaf(node, ())) for node in self._bound]
+        self.replacements = [Replacement(node, rule, Leaf(node, ()), Leaf(node, ())) for node in self._bound]
 
     def carry_out(self) -> None:
         """Have every selection take its elements from branches that were computed anew."""
@@ -54,10 +56,13 @@ class Selections:
                 arguments = _SELECT[name](self, bound)
             node.op, node.target, node.args, node.kwargs = "call_function", torch.where, arguments, {}
         for node in reversed(self._graph.nodes):
-            if node in self._lengths and not node.users:
+            if node in self._lengths and node not in self._stable and not node.users:
                 self._graph.erase_node(node)
 
     def _visit(self, node: fx.Node) -> None:
+        if node in self._stable and self._is_followed(node):
+            self._lengths[node] = 1
+            return
         found = None if is_of_subclass(node) else lawful(node)
         if found is None or found[1].in_place or "out" in node.kwargs or not self._is_followed(node):
             return
@@ -84,15 +89,17 @@ class Selections:
     def _is_trap(self, name: str, bound: dict[str, Any]) -> bool:
         if name in BOUNDS:
             ends = (bound.get("min"), bound.get("max"))
-            return bound["input"] in self._lengths and all(end is None or type(end) in (int, float) for end in ends)
+            return self._is_branch(bound["input"]) and all(end is None or type(end) in (int, float) for end in ends)
         if name in LARGER or name in SMALLER:
             pair = (bound["input"], bound.get("other", bound.get("dim")))
-            return all(map(_is_node, pair)) and any(node in self._lengths for node in pair)
+            return all(map(_is_node, pair)) and any(map(self._is_branch, pair))
         mask = bound.get("mask" if name == "masked_fill" else "condition", bound["input"])
         is_mask = isinstance(example(mask), Tensor) and (name == "nan_to_num" or example(mask).dtype == torch.bool)
-        return is_mask and any(
-            bound.get(side) in self._lengths for side in ("input", "other") if _is_node(bound.get(side))
-        )
+        return is_mask and any(self._is_branch(bound.get(side)) for side in ("input", "other"))
+
+    def _is_branch(self, value: Any) -> bool:
+        """Whether it can be computed anew."""
+        return _is_node(value) and value in self._lengths and value not in self._stable
 
     def where(self, bound: dict[str, Any]) -> tuple[Any, ...]:
         """The arguments of `torch.where` for one like it."""
@@ -143,11 +150,11 @@ class Selections:
 
     def _anew(self, branch: Any, taken: fx.Node, mask: Tensor) -> Any:
         """A branch computed with harmless numbers where it is not taken."""
-        if not _is_node(branch) or branch not in self._lengths:
+        if not self._is_branch(branch):
             return branch
 
         def argument(source: fx.Node) -> Any:
-            if source in self._lengths:
+            if self._is_branch(source):
                 return self._anew(source, taken, mask)
             value = example(source)
             if not isinstance(value, Tensor) or not value.requires_grad or not _covers(value, mask):

@@ -8,16 +8,17 @@ from typing import Any, final
 import torch
 from torch import Tensor, fx
 
-from nanguard.algebra import Apply, Leaf, Term
+from nanguard.algebra import Apply, Term
 from nanguard.stabilizer.compiled.memory import example
 from nanguard.stabilizer.compiled.picks import one_of_each_row
 from nanguard.stabilizer.compiled.plan import Loss, Plan, Replacement
 from nanguard.stabilizer.compiled.reading import Kept, Part
 from nanguard.stabilizer.compiled.sizes import Opaque, Size
+from nanguard.stabilizer.compiled.terms import rebuilt
 from nanguard.stabilizer.evaluate import compute_dtype, evaluate, is_fresh
 from nanguard.stabilizer.losses import BinaryCrossEntropy
 
-__all__ = ["carry_out", "rebuilt"]
+__all__ = ["carry_out"]
 
 
 # What stands for a node in a term.
@@ -83,29 +84,6 @@ def _filled(template: Term, given: tuple[Any, ...]) -> Term:
     """A template with the arguments in their slots."""
     term: Term = rebuilt(template, {}, lambda found: given[found.index] if isinstance(found, _Slot) else found)
     return term
-
-
-def rebuilt(value: Any, known: dict[int, Any], change: Callable[[Any], Any]) -> Any:
-    """A term with other values in its leaves and parameters. What occurs several times in it stays one."""
-    if isinstance(value, (Apply, Leaf)):
-        if id(value) not in known:
-            known[id(value)] = _rebuilt_term(value, known, change)
-        return known[id(value)]
-    if isinstance(value, tuple):
-        return tuple(rebuilt(entry, known, change) for entry in value)
-    if isinstance(value, list):
-        return [rebuilt(entry, known, change) for entry in value]
-    if isinstance(value, slice):
-        return slice(*(rebuilt(part, known, change) for part in (value.start, value.stop, value.step)))
-    return change(value)
-
-
-def _rebuilt_term(term: Term, known: dict[int, Any], change: Callable[[Any], Any]) -> Term:
-    shape = rebuilt(term.shape, known, change)
-    if isinstance(term, Leaf):
-        return Leaf(change(term.value), shape, term.version, term.tracked, term.counts)
-    params = {name: rebuilt(param, known, change) for name, param in term.params.items()}
-    return Apply(term.operator, tuple(rebuilt(arg, known, change) for arg in term.args), shape, **params)
 
 
 def _function(replacement: Replacement, template: Term, edited: bool) -> Callable[..., Tensor]:

@@ -1,120 +1,201 @@
 """What is known about the results of a compiled graph, for the eager code that goes on with them.
 
-A term is handed over where its leaves are inputs or results of the graph themselves: the graph stays as it is.
+A term is handed over together with its leaves. Where these are neither inputs nor results of the graph they become further
+results, which the user's code does not see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, fx
 
 from nanguard.algebra import Leaf, Term, Unrecognised
-from nanguard.stabilizer.blocks import active_blocks
-from nanguard.stabilizer.compiled.emit import rebuilt
+from nanguard.stabilizer.blocks import Block, active_blocks
+from nanguard.stabilizer.compiled.boundary import Boundary, Handed
 from nanguard.stabilizer.compiled.memory import example
 from nanguard.stabilizer.compiled.plan import Plan
 from nanguard.stabilizer.compiled.reading import Kept, Part
 from nanguard.stabilizer.compiled.sizes import Opaque, Size
+from nanguard.stabilizer.compiled.terms import rebuilt
+from nanguard.stabilizer.knowledge import Known
 
-__all__ = ["Handed", "handed_over", "handing"]
+__all__ = ["hand_over", "handing"]
+
+# More of them are no loss.
+_MOST = 8
 
 
-class _Input(NamedTuple):
+# No tuples: terms have tuples of their own.
+@final
+@dataclass(frozen=True)
+class _Input:
     place: int
 
 
-class _Result(NamedTuple):
+@final
+@dataclass(frozen=True)
+class _Result:
     place: int
 
 
-class Handed(NamedTuple):
-    """The logarithm of one result of a graph.
+@final
+@dataclass(frozen=True)
+class _Dim:
+    """A size that differs from call to call, as that of a tensor there."""
+
+    tensor: _Input | _Result
+    dim: int
+
+
+def hand_over(graph: fx.Graph, plan: Plan, boundary: Boundary) -> None:
+    """Put down what a plan knows about the results of a graph. The graph gets further results for what that depends on."""
+    output = next((node for node in graph.nodes if node.op == "output"), None)
+    results = None if output is None else output.args[0]
+    if output is None or not isinstance(results, (tuple, list)):
+        return
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    places = _Places(plan, inputs, results)
+    for place, node in enumerate(results):
+        term = places.portable(node)
+        if term is not None:
+            boundary.handed.append(Handed(place, term))
+    boundary.further = len(places.further)
+    if places.further:
+        output.args = ((*results, *places.further),)
+
+
+@final
+class _Places:
+    """Where what a term depends on can be had, once the graph has run.
+
+    Arguments:
+        plan: what is known in the graph.
+        inputs: of the graph.
+        results: of the graph.
 
     Attributes:
-        place: which result.
-        term: its logarithm, whose leaves are places of inputs and results.
+        further: what has to become a result, too.
     """
 
-    place: int
-    term: Term
+    def __init__(self, plan: Plan, inputs: Sequence[fx.Node], results: Sequence[Any]) -> None:
+        self.further: list[fx.Node] = []
+        self._plan = plan
+        self._results = len(results)
+        self._places: dict[fx.Node, _Input | _Result] = {
+            plan.node_of(node): _Result(place) for place, node in enumerate(results) if isinstance(node, fx.Node)
+        }
+        self._places.update({node: _Input(place) for place, node in enumerate(inputs)})
+        self._dims: dict[Any, _Dim] = {}
+        for node in self._places:
+            self._note_dims(node)
 
+    def portable(self, node: Any) -> Term | None:
+        """The logarithm of a result, with places for what it depends on; `None` where there is none."""
+        value = example(node)
+        known = self._plan.find(value) if isinstance(value, Tensor) else None
+        if known is None or known.pinned or not known.term.leaves or node.op == "placeholder":
+            return None
+        if self._plan.memory.is_edited(value):
+            return None
+        before = len(self.further)
+        try:
+            term: Term = rebuilt(known.term, {}, self._at)
+        except Unrecognised:
+            for added in self.further[before:]:
+                del self._places[added]
+            del self.further[before:]
+            return None
+        return term
 
-def handed_over(graph: fx.Graph, plan: Plan) -> list[Handed]:
-    """What a plan knows about the results of a graph."""
-    results = next((node.args[0] for node in graph.nodes if node.op == "output"), ())
-    if not isinstance(results, (tuple, list)):
-        return []
-    places: dict[fx.Node, _Input | _Result] = {
-        plan.node_of(node): _Result(place) for place, node in enumerate(results) if isinstance(node, fx.Node)
-    }
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    places.update({node: _Input(place) for place, node in enumerate(inputs)})
-    found = []
-    for place, node in enumerate(results):
-        term = _portable(node, plan, places)
-        if term is not None:
-            found.append(Handed(place, term))
-    return found
-
-
-def _portable(node: Any, plan: Plan, places: dict[fx.Node, _Input | _Result]) -> Term | None:
-    value = example(node)
-    known = plan.find(value) if isinstance(value, Tensor) else None
-    if known is None or known.pinned or not known.term.leaves or node.op == "placeholder":
-        return None
-    if plan.memory.is_edited(value):
-        return None
-
-    def place_of(entry: Any) -> Any:
+    def _at(self, entry: Any) -> Any:
         if isinstance(entry, fx.Node):
-            if entry not in places or plan.memory.is_edited(example(entry)):
+            if self._plan.memory.is_edited(example(entry)):
                 raise Unrecognised
-            return places[entry]
+            if entry not in self._places:
+                self._add(entry)
+            return self._places[entry]
+        if isinstance(entry, Size) and entry.expression in self._dims:
+            return self._dims[entry.expression]
         if isinstance(entry, (Kept, Opaque, Part, Size)):
             raise Unrecognised
         return entry
 
-    try:
-        term: Term = rebuilt(known.term, {}, place_of)
-    except Unrecognised:
-        return None
-    return term
+    def _add(self, node: fx.Node) -> None:
+        if len(self.further) >= _MOST or node.op not in ("call_function", "call_method"):
+            raise Unrecognised
+        if not self._plan.memory.is_trusted(example(node)):
+            raise Unrecognised
+        self._places[node] = _Result(self._results + len(self.further))
+        self.further.append(node)
+        self._note_dims(node)
+
+    def _note_dims(self, node: fx.Node) -> None:
+        """Where sizes that differ from call to call can be seen."""
+        value = example(node)
+        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if isinstance(size, torch.SymInt):
+                self._dims.setdefault(size.node.expr, _Dim(self._places[node], dim))
 
 
-def handing(compiled: Callable[..., Any], handed: Sequence[Handed]) -> Callable[..., Any]:
-    """A compiled graph that tells the block what is known about its results."""
-    if not handed:
+def handing(compiled: Callable[..., Any], boundary: Boundary, known: Sequence[int] = ()) -> Callable[..., Any]:
+    """A compiled graph that tells the block what is known about its results.
+
+    Arguments:
+        compiled: the graph.
+        boundary: what crosses its boundaries.
+        known: places of the inputs whose logarithms it has as further inputs.
+    """
+    if not boundary.handed:
         return compiled
+    handed, further = tuple(boundary.handed), boundary.further
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        results = compiled(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            for place, term in handed:
-                _tell(results[place], term, args, results)
-        return results
+    def run(*args: Any) -> Any:
+        block = next(iter(active_blocks()[-1:]), None)
+        found = [] if block is None else [block.exchange.known(args[place]) for place in known]
+        results = compiled(*args)
+        if block is not None and None not in found:
+            parents = tuple(entry for entry in found if entry is not None)
+            values = _Values(args[: len(args) - len(known)], results, parents)
+            with torch._C.DisableTorchFunction():
+                for place, term in handed:
+                    _tell(block, results[place], term, values)
+        return results[: len(results) - further] if further else results
 
     return run
 
 
-def _tell(result: Any, term: Term, inputs: Sequence[Any], results: Sequence[Any]) -> None:
-    def tensor_at(entry: Any) -> Any:
+class _Values(NamedTuple):
+    """What a graph was given, what it gave, and what is known of its inputs."""
+
+    inputs: Sequence[Any]
+    results: Sequence[Any]
+    parents: tuple[Known, ...]
+
+    def at(self, entry: Any) -> Any:
+        """The value that stands there."""
         if isinstance(entry, (_Input, _Result)):
-            return (inputs if isinstance(entry, _Input) else results)[entry.place]
-        return entry
+            return (self.inputs if isinstance(entry, _Input) else self.results)[entry.place]
+        return self.at(entry.tensor).shape[entry.dim] if isinstance(entry, _Dim) else entry
 
-    term = rebuilt(term, {}, tensor_at)
-    if all(_is_the_same(leaf) for leaf in term.leaves) and tuple(result.shape) == term.shape:
-        for block in active_blocks()[-1:]:
-            block.receive(result, term)
+    def shape(self, entries: Sequence[Any]) -> tuple[int, ...]:
+        """A shape in this call."""
+        return tuple(map(self.at, entries))
 
 
-def _is_the_same(leaf: Leaf) -> bool:
-    """Whether a leaf is what it was when the graph was traced."""
-    value = leaf.value
-    if not isinstance(value, Tensor) or tuple(value.shape) != leaf.shape:
-        return False
-    leaf.version = value._version
-    return True
+def _tell(block: Block, result: Any, term: Term, values: _Values) -> None:
+    whole: dict[int, Any] = {}
+    for leaf in term.leaves:
+        further = leaf.value.place - len(values.inputs) if isinstance(leaf.value, _Input) else -1
+        if further >= 0:
+            whole[id(leaf)] = values.parents[further].term
+            continue
+        value, shape = values.at(leaf.value), values.shape(leaf.shape)
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            return  # it is not what it was when the graph was traced
+        whole[id(leaf)] = Leaf(value, shape, value._version, leaf.tracked, leaf.counts)
+    if tuple(result.shape) == values.shape(term.shape):
+        block.exchange.receive(result, rebuilt(term, whole, values.at), values.parents)

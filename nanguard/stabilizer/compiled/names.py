@@ -42,9 +42,9 @@ def swap_of(replacement: Replacement) -> Swap:
     start, original = _expression(file, line, carets, name)
     names = _NodeNames(frames)
     try:
-        text = written(replacement.rule, replacement.term, names)
+        text = written(replacement.rule, replacement.told, names)
     except Unrecognised:  # the rule's own wording depends on sizes that are not known
-        text = write(replacement.term, names)
+        text = write(replacement.told, names)
     return Swap(replacement.rule.code, file, start, original, text)
 
 

@@ -16,6 +16,7 @@ from nanguard.algebra import Law, Rule, Spelling, Term, lookup
 from nanguard.algebra.decisions import for_logarithm, for_quotient
 from nanguard.algebra.families.epsilon import drop_epsilons
 from nanguard.algebra.families.saturation import without_floor
+from nanguard.stabilizer.compiled.boundary import Boundary
 from nanguard.stabilizer.compiled.constants import constant_in
 from nanguard.stabilizer.compiled.frames import frames_of, is_of_subclass
 from nanguard.stabilizer.compiled.memory import Memory, example, storage_key, tensors_in
@@ -63,6 +64,7 @@ class Replacement:
         node: the node.
         rule: what it is an instance of.
         term: what it is computed from.
+        told: the same as it is known outside of the graph, for the record.
         overwritten: the nodes before it whose tensor it writes the result into; from there on, it stands for them.
         loss: what is made of the elements, where they are those of a loss.
     """
@@ -70,6 +72,7 @@ class Replacement:
     node: fx.Node
     rule: Rule
     term: Term
+    told: Term
     overwritten: tuple[fx.Node, ...] = ()
     loss: Loss | None = None
 
@@ -78,6 +81,11 @@ class Replacement:
 class Plan:
     """What is to be replaced in one graph.
 
+    Arguments:
+        graph: the graph.
+        policy: how its nodes are stabilised.
+        boundary: what is known about its inputs.
+
     Attributes:
         memory: what shares memory in it.
         replacements: in the order of the graph.
@@ -85,17 +93,21 @@ class Plan:
         places: where each node stands.
     """
 
-    def __init__(self, graph: fx.Graph, policy: Policy) -> None:
+    def __init__(self, graph: fx.Graph, policy: Policy, boundary: Boundary) -> None:
         self.memory = Memory(graph)
         self.replacements: list[Replacement] = []
         self.pure: set[fx.Node] = set()
         self.places = {node: place for place, node in enumerate(graph.nodes)}
         self._policy = policy
+        self._boundary = boundary
         self._known: dict[int, Known] = {}
         self._nodes: dict[int, fx.Node] = {}
         self._versions: dict[int | None, int] = {}
         self._pinned = {id(value) for node in graph.nodes for value in _watched(node)}
         self._grad = torch.is_grad_enabled()
+        for value, term in boundary.given:
+            if self.memory.is_trusted(value):
+                self._record(value, term, ())
         for node in graph.nodes:
             self._visit(node)
 
@@ -182,18 +194,25 @@ class Plan:
         floored = without_floor(term) if _is_asked_by_distributions(node) else None
         floor = torch.finfo(example(reading.operands[0]).dtype).eps if settings.repair else None
         found = for_logarithm(term, drop=settings.drop, floored=floored, floor=floor)
-        if found is not None:
-            self._replace(node, *found, result, in_place)
+        outside = self._boundary.outside(term)
+        told = found if outside is term else for_logarithm(outside, drop=settings.drop)
+        if found is not None and told is not None:
+            self._replace(node, found[1], told, result, in_place)
 
     def _quotient(self, node: fx.Node, reading: Reading, term: Term, in_place: bool) -> None:
         if self._policy(node) is None or not self._may_swap(reading):
             return
         result = example(node)
         differentiable = result.requires_grad or self.memory.is_edited(result)
-        operands = (known.term for known in reading.parents)
+        operands = [known.term for known in reading.parents]
         found = for_quotient(term, operands, in_place=in_place, differentiable=differentiable)
-        if found is not None:
-            self._replace(node, *found, result, in_place)
+        outside = self._boundary.outside(term)
+        told = found
+        if outside is not term:
+            operands = list(map(self._boundary.outside, operands))
+            told = for_quotient(outside, operands, in_place=in_place, differentiable=differentiable)
+        if found is not None and told is not None:
+            self._replace(node, found[1], told, result, in_place)
 
     def _repair(self, node: fx.Node) -> None:
         """Replace a binary cross-entropy of probabilities, where the user asks for it."""
@@ -213,13 +232,14 @@ class Plan:
             return
         term = drop_epsilons(term) if settings.drop else term
         if self._fits(term, subject):
-            self.replacements.append(Replacement(node, rule, term, loss=Loss(subject, bound)))
+            told = self._boundary.outside(term)
+            self.replacements.append(Replacement(node, rule, term, told, loss=Loss(subject, bound)))
 
-    def _replace(self, node: fx.Node, rule: Rule, term: Term, result: Tensor, in_place: bool) -> None:
+    def _replace(self, node: fx.Node, term: Term, told: tuple[Rule, Term], result: Tensor, in_place: bool) -> None:
         overwritten = self._overwritten(node) if in_place else ()
         if overwritten is None or not self._fits(term, result):
             return
-        self.replacements.append(Replacement(node, rule, term, overwritten))
+        self.replacements.append(Replacement(node, told[0], term, told[1], overwritten))
         if in_place:
             self._nodes[id(result)] = node
 

@@ -43,6 +43,11 @@ class Size:
         self._value = value
         self._recipe = recipe
 
+    @property
+    def expression(self) -> Any:
+        """What it is in terms of the sizes that the graph was traced with."""
+        return self._value.node.expr
+
     def write(self, graph: fx.Graph) -> fx.Node:
         """A node, at the place where the graph is being written, whose value it is."""
         node = self._recipe(graph)
@@ -56,7 +61,7 @@ class Size:
         return self._decide(self._value == value, self._value != value)
 
     def __hash__(self) -> int:
-        return hash(self._value.node.expr)
+        return hash(self.expression)
 
     def __lt__(self, other: Any) -> bool:
         return self._decide(self._value < _raw(other), self._value >= _raw(other))

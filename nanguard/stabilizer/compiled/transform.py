@@ -7,13 +7,16 @@ import warnings
 import torch
 from torch import fx
 
+from nanguard.algebra.pattern import operators
 from nanguard.errors import NanGuardWarning
 from nanguard.incident import Swap
+from nanguard.stabilizer.compiled.boundary import Boundary
 from nanguard.stabilizer.compiled.branches import Selections
 from nanguard.stabilizer.compiled.emit import carry_out
-from nanguard.stabilizer.compiled.handed import Handed, handed_over
+from nanguard.stabilizer.compiled.handed import hand_over
 from nanguard.stabilizer.compiled.names import swap_of
 from nanguard.stabilizer.compiled.plan import Plan, Policy
+from nanguard.stabilizer.compiled.protection import protect
 from nanguard.stabilizer.compiled.settings import Settings
 
 __all__ = ["stabilised"]
@@ -22,14 +25,18 @@ __all__ = ["stabilised"]
 _REGIONS = frozenset({"invoke_subgraph", "tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"})
 
 
-def stabilised(module: fx.GraphModule, policy: Policy, handed: list[Handed] | None = None) -> list[Swap]:
+def stabilised(module: fx.GraphModule, policy: Policy, boundary: Boundary | None = None) -> list[Swap]:
     """Replace what is unstable in a graph that dynamo captured, and say what was replaced, one entry for each place.
 
-    What is known about the results of the graph is put into `handed`. A graph that cannot be read is left as it was found,
-    with a warning.
+    A graph that cannot be read is left as it was found, with a warning.
+
+    Arguments:
+        module: the graph.
+        policy: how its nodes are stabilised.
+        boundary: what is known about its inputs; takes what is known about its results.
     """
     try:
-        swaps = _stabilised(module, policy, set(), handed)
+        swaps = _stabilised(module, policy, set(), boundary)
     except Exception as error:  # a user's model has to train, whatever a new version of torch puts into its graphs
         message = f"a compiled graph is left as it is, because it could not be read: {type(error).__name__}: {error}"
         warnings.warn(message, NanGuardWarning, stacklevel=2)
@@ -42,9 +49,7 @@ def stabilised(module: fx.GraphModule, policy: Policy, handed: list[Handed] | No
     return list(merged.values())
 
 
-def _stabilised(
-    module: fx.GraphModule, policy: Policy, seen: set[int], handed: list[Handed] | None = None
-) -> list[Swap]:
+def _stabilised(module: fx.GraphModule, policy: Policy, seen: set[int], boundary: Boundary | None = None) -> list[Swap]:
     if id(module) in seen:
         return []
     seen.add(id(module))
@@ -52,9 +57,10 @@ def _stabilised(
     for node in module.graph.nodes:
         for region in _regions(module, node):
             swaps += _stabilised(region, _inside(policy, node), seen)
-    plan = Plan(module.graph, policy)
-    if handed is not None:
-        handed += handed_over(module.graph, plan)
+    plan = Plan(module.graph, policy, boundary or Boundary())
+    if boundary is not None:
+        hand_over(module.graph, plan, boundary)
+        boundary.operators.update(*(operators(replacement.term) for replacement in plan.replacements))
     if plan.replacements:
         swaps += [swap_of(replacement) for replacement in plan.replacements]
         carry_out(module.graph, plan)
@@ -63,6 +69,9 @@ def _stabilised(
     if selections.replacements:
         swaps += [swap_of(replacement) for replacement in selections.replacements]
         selections.carry_out()
+        module.recompile()
+    if boundary is not None and boundary.handed:
+        protect(module.graph, [entry.place for entry in boundary.handed])
         module.recompile()
     return swaps
 

@@ -15,9 +15,7 @@ from nanguard.stabilizer.compiled.settings import Settings
 if TYPE_CHECKING:
     from torch import fx
 
-    from nanguard.stabilizer.compiled.handed import Handed
-
-__all__ = ["BLOCK", "counted", "entering", "leave", "run_as_is", "tell", "tracing"]
+__all__ = ["BLOCK", "entering", "leave", "run_as_is", "tell", "tracing"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 # By this attribute the function modes of blocks are known among others.
@@ -158,30 +156,29 @@ class Watch:
     def __call__(self, module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         """Compile a graph that dynamo has captured."""
         # Only what is compiled pays for these imports.
+        from nanguard.stabilizer.compiled.boundary import Boundary
+        from nanguard.stabilizer.compiled.counted import counted
+        from nanguard.stabilizer.compiled.given import either, knowing
         from nanguard.stabilizer.compiled.handed import handing
         from nanguard.stabilizer.compiled.transform import stabilised
 
-        handed: list[Handed] = []
-        swaps = stabilised(module, lambda node: self._inside.get(node, self.around), handed)
-        compiled = self._compiler(module, *args, **kwargs)
-        if self.around is not None:
-            compiled = handing(compiled, handed)
-        return counted(compiled, swaps, _note_in_block)
+        def policy(node: fx.Node) -> Settings | None:
+            return self._inside.get(node, self.around)
+
+        if self.around is None:
+            swaps = stabilised(module, policy)
+            return counted(self._compiler(module, *args, **kwargs), swaps, _note_in_block)
+        graph = knowing(module, args[0], policy) if args else None
+        boundary = Boundary()
+        swaps = stabilised(module, policy, boundary)
+        other = None
+        if graph is not None and (graph.swaps != swaps or graph.boundary.tells_more_than(boundary)):
+            other = graph.compiled(self._compiler, args, kwargs, _note_in_block)
+        compiled = handing(counted(self._compiler(module, *args, **kwargs), swaps, _note_in_block), boundary)
+        return compiled if graph is None or other is None else either(compiled, other, graph)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiler, name)  # dynamo asks backends for their names and settings
-
-
-def counted(compiled: Callable[..., Any], swaps: list[Swap], note: Callable[[Iterable[Swap]], None]) -> Any:
-    """A compiled graph that notes its swaps whenever it runs."""
-    if not swaps:
-        return compiled
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        note(swaps)
-        return compiled(*args, **kwargs)
-
-    return run
 
 
 def _note_in_block(swaps: Iterable[Swap]) -> None:
