@@ -8,6 +8,7 @@ from typing import NamedTuple
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
 from nanguard.algebra.term import Apply, Term
+from nanguard.algebra.totals import logsumexp
 
 __all__ = ["Common", "between_sigmoids", "common_factor", "mixture"]
 
@@ -65,6 +66,9 @@ def _factors(a: Term, power: float) -> tuple[_Factors, float]:
             one, c = _factors(a.args[0], power)
             other, d = _factors(a.args[1], power if a.operator is ops.ADD else -power)
             return _merged(one, other), c + d
+        if a.operator is ops.LOGMEANEXP and type(a.params["count"]) is int:
+            total = logsumexp(a.args[0], a.params["dim"], a.params["keepdim"])
+            return [(total, power)], -power * math.log(a.params["count"])
         if a.operator is ops.FULL and a.params["constant"] > 0:
             return [], power * math.log(a.params["constant"])
     return [(a, power)], 0.0

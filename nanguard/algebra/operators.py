@@ -71,6 +71,11 @@ AMIN = Operator("amin", "torch.amin", "{0}.amin({dim}, keepdim={keepdim})", fres
 EXTREME = Operator("extreme", f"{_STABLE}.extreme", "{0}.max({dim}, {keepdim}).values")
 SORTED = Operator("sort", f"{_STABLE}.sort", "{0}.sort({dim}, {descending}).values")
 TOPK = Operator("topk", f"{_STABLE}.topk", "{0}.topk({k}, {dim}).values")
+WITHOUT_TOP = Operator(
+    "without_top",
+    f"{_STABLE}.without_top",
+    "{0}.scatter({dim}, {0}.topk({k}, {dim}, {largest}).indices, -math.inf)",
+)
 PADDED = Operator("pad", f"{_STABLE}.pad", "F.pad({0}, {pad}, value={value})")
 SET_ITEM = Operator("set_item", f"{_STABLE}.set_item", "{0}.index_put({key}, {value})")
 FILLED_DIAGONAL = Operator("fill_diagonal", f"{_STABLE}.fill_diagonal", "{0}.fill_diagonal({value})")

@@ -7,8 +7,9 @@ import math
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import reduced
+from nanguard.algebra.members import rest_of_members
 from nanguard.algebra.term import Apply, Leaf, Shape, Term
-from nanguard.algebra.totals import logsumexp
+from nanguard.algebra.totals import as_total, full
 
 __all__ = ["left_out", "rest_of_cumsum", "rest_of_sum", "without"]
 
@@ -28,8 +29,10 @@ def left_out(whole: Term, part: Term) -> Term | None:
     return Apply(ops.FILLED_DIAGONAL, (whole,), whole.shape, value=-math.inf, wrap=False)
 
 
-def without(total: Apply, part: Term) -> Term | None:
+def without(whole: Apply, part: Term) -> Term | None:
     """A total over one dim without a part of it, row by row; `None` where the part does not stand in the rows of the total."""
+    total = as_total(whole)
+    assert isinstance(total, Apply)
     if total.operator is ops.LOGADDEXP:
         for one, other in (total.args, reversed(total.args)):
             rest = without(one, part) if isinstance(one, Apply) and one.shape == total.shape else None
@@ -45,11 +48,22 @@ def without(total: Apply, part: Term) -> Term | None:
     picked = _of_row(picked, x)
     if not isinstance(picked, Apply) or len(picked.args) != 1 or picked.args[0] != x or part.shape != total.shape:
         return None
+    if picked.operator in (ops.AMAX, ops.AMIN, ops.EXTREME):
+        return _without_extreme(others, picked, dim, part.shape)
     if not _one_of_each_row(picked, x.shape, dim) or picked.shape not in (
         reduced(x.shape, (dim,), keep) for keep in (True, False)
     ):
         return None
     return build.reshape(build.rearrange(picked.operator, (others,), picked.shape, **picked.params), part.shape)
+
+
+def _without_extreme(others: Apply, picked: Apply, dim: int, shape: Shape) -> Term | None:
+    """Rests on sum p - max p = min (sum p - p)."""
+    if picked.params["dim"] not in (dim, (dim,)):
+        return None
+    params = {name: not value if name == "largest" else value for name, value in picked.params.items()}
+    opposite = {ops.AMAX: ops.AMIN, ops.AMIN: ops.AMAX}.get(picked.operator, picked.operator)
+    return build.reshape(Apply(opposite, (others,), picked.shape, **params), shape)
 
 
 def _of_row(picked: Term, row: Term) -> Term:
@@ -74,13 +88,14 @@ def _one_of_each_row(picked: Apply, shape: Shape, dim: int) -> bool:
         return bool(params["dim"] == dim)
     if picked.operator is ops.INDEX:
         key = params["key"] if isinstance(params["key"], tuple) else (params["key"],)
+        key = (*key, *(slice(None),) * (len(shape) - len(key))) if all(type(entry) is slice for entry in key) else key
         return len(key) == len(shape) and _indexes_rows(key, shape, dim)
     return False
 
 
 def _indexes_rows(key: tuple[object, ...], shape: Shape, dim: int) -> bool:
-    """Whether it is `[:, k]`, or `[0, 1, ..., n - 1; y]`."""
-    if type(key[dim]) is int:
+    """Whether it is `[:, k]`, `[:, k:k + 1]`, or `[0, 1, ..., n - 1; y]`."""
+    if type(key[dim]) is int or _is_single(key[dim], shape[dim]):
         return all(type(entry) is slice and entry == slice(None) for place, entry in enumerate(key) if place != dim)
     if len(shape) != 2:
         return False
@@ -90,13 +105,20 @@ def _indexes_rows(key: tuple[object, ...], shape: Shape, dim: int) -> bool:
     return isinstance(rows, (list, range)) and list(rows) == list(range(size))
 
 
+def _is_single(entry: object, size: object) -> bool:
+    """Whether it is `k:k + 1`."""
+    if type(entry) is not slice or type(size) is not int:
+        return False
+    numbers = all(type(part) in (int, type(None)) for part in (entry.start, entry.stop, entry.step))
+    return numbers and len(range(*entry.indices(size))) == 1
+
+
 def rest_of_sum(a: Apply) -> Term | None:
     """Rests on 1 - sum w p = sum (1 - w) p, for probabilities that sum to 1."""
     weighed = a.args[0]
-    if not isinstance(weighed, Apply):
-        return None
-    if weighed.operator in (ops.NARROW, ops.INDEX):
-        return _rest_of_neighbours(a, weighed)
+    rest = rest_of_members(full(1.0, ()), a)
+    if rest is not None or not isinstance(weighed, Apply):
+        return rest
     if weighed.operator not in (ops.WEIGH, ops.WEIGH_REST):
         return None
     p, weight = weighed.args
@@ -104,41 +126,6 @@ def rest_of_sum(a: Apply) -> Term | None:
         return None
     other = ops.WEIGH_REST if weighed.operator is ops.WEIGH else ops.WEIGH
     return Apply(a.operator, (Apply(other, (p, weight), weighed.shape),), a.shape, **a.params)
-
-
-def _rest_of_neighbours(a: Apply, part: Apply) -> Term | None:
-    """Rests on 1 - (p_i + ... + p_j) = the sum of those before and after, for probabilities that sum to 1."""
-    p = part.args[0]
-    if not isinstance(p, Apply) or p.operator is not ops.LOG_SOFTMAX or a.params["dim"] != (p.params["dim"],):
-        return None
-    dim, size = p.params["dim"], p.shape[p.params["dim"]]
-    if part.operator is ops.NARROW:
-        start, stop = part.params["start"] % size, part.params["start"] % size + part.params["length"]
-        if part.params["dim"] != dim:
-            return None
-    else:
-        key = part.params["key"]
-        key = key if isinstance(key, tuple) else (key,)
-        full = all(type(entry) is slice and (entry == slice(None) or place == dim) for place, entry in enumerate(key))
-        if (
-            not full
-            or len(key) <= dim
-            or not all(type(end) in (int, type(None)) for end in (key[dim].start, key[dim].stop))
-        ):
-            return None
-        start, stop, step = key[dim].indices(size)
-        if step != 1:
-            return None
-    pieces = [(first, last - first) for first, last in ((0, start), (stop, size)) if last > first]
-    if not pieces:
-        return None
-    totals = [_total_of_piece(p, dim, first, length, a.params["keepdim"]) for first, length in pieces]
-    return totals[0] if len(totals) == 1 else Apply(ops.LOGADDEXP, tuple(totals), totals[0].shape)
-
-
-def _total_of_piece(p: Apply, dim: int, start: int, length: int, keepdim: bool) -> Term:
-    shape = (*p.shape[:dim], length, *p.shape[dim + 1 :])
-    return logsumexp(build.rearrange(ops.NARROW, (p,), shape, dim=dim, start=start, length=length), (dim,), keepdim)
 
 
 def rest_of_cumsum(a: Apply) -> Term | None:

@@ -19,7 +19,9 @@ from collections.abc import Callable
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import is_op, minus, unsigned
+from nanguard.algebra.cumulated import between_cumulated
 from nanguard.algebra.factors import between_sigmoids, common_factor, mixture
+from nanguard.algebra.members import rest_of_members
 from nanguard.algebra.others import left_out, rest_of_cumsum, rest_of_sum, without
 from nanguard.algebra.pattern import operators
 from nanguard.algebra.term import Apply, Leaf, Term, Unrecognised
@@ -143,6 +145,8 @@ def _rest_of_mixture(a: Term, constant: float) -> Term | None:
     parts, added = mixture(a)
     factors = [factor for factor, _ in parts]
     rests = [_sure(_rest(part)) for _, part in parts]
+    if constant == 1.0 and (whole := rest_of_members(full(1.0, ()), a)) is not None:
+        return whole
     left, least = math.fsum([constant, -added, *(-factor for factor in factors)]), _ROUNDING * constant
     if not rests or any(rest is None for rest in rests) or left < -least:
         return None
@@ -279,7 +283,8 @@ def difference(a: Term, b: Term) -> Term:
     if isinstance(a, Apply):
         if a.operator is ops.NEGATE and _constant(b) == 1.0 and (rest := _rest(a.args[0])) is not None:
             return build.subtract(rest, build.expand(a.args[0], rest.shape))  # 1 / p - 1 = (1 - p) / p
-        found = between_sigmoids(a, b) or without(a, b) or _factored(a, b) or _of_totals(a, b)
+        found = between_sigmoids(a, b) or without(a, b) or rest_of_members(a, b)
+        found = found or between_cumulated(a, b, complement) or _factored(a, b) or _of_totals(a, b)
         if found is not None:
             return found
     return Apply(ops.DIFFERENCE, (a, b), build.broadcast_shapes(a.shape, b.shape))

@@ -16,7 +16,22 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.build import minus, reduced, unsigned
 from nanguard.algebra.term import Apply, Leaf, Operator, Shape, Term, Unrecognised
 
-__all__ = ["clamp", "full", "logcumsumexp", "logmeanexp", "logsumexp", "scatter_add", "total", "unknown", "weigh"]
+__all__ = [
+    "as_total",
+    "clamp",
+    "full",
+    "logcumsumexp",
+    "logmeanexp",
+    "logsumexp",
+    "scatter_add",
+    "total",
+    "unknown",
+    "weigh",
+]
+
+
+# Logarithms of constants that differ by less are those of the same constant.
+_ROUNDING = 1e-15
 
 
 def logsumexp(a: Term, dims: tuple[int, ...], keepdim: bool) -> Term:
@@ -36,6 +51,17 @@ def total(operator: Operator, a: Term, dim: tuple[int, ...], keepdim: bool, **pa
     flip, a = unsigned(a)
     result = Apply(operator, (a,), reduced(a.shape, dim, keepdim), dim=dim, keepdim=keepdim, **params)
     return minus(result) if flip else result
+
+
+def as_total(a: Term) -> Term:
+    """Rests on n mean p = sum p."""
+    mean = a.args[0] if isinstance(a, Apply) and a.operator is ops.SHIFT else a
+    if not isinstance(a, Apply) or not isinstance(mean, Apply) or mean.operator is not ops.LOGMEANEXP or mean is a:
+        return a
+    count = mean.params["count"]
+    if type(count) is not int or abs(a.params["other"] - math.log(count)) > _ROUNDING * max(1.0, math.log(count)):
+        return a
+    return total(ops.LOGSUMEXP, mean.args[0], mean.params["dim"], mean.params["keepdim"])
 
 
 def logcumsumexp(a: Term, dim: int) -> Term:

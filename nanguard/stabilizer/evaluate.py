@@ -17,7 +17,9 @@ from nanguard.algebra.decisions import stem
 from nanguard.algebra.pattern import constant_of, core, is_sum
 from nanguard.stabilizer import scaled
 from nanguard.stabilizer.contracted import contraction, is_contraction, may_look
+from nanguard.stabilizer.digits import Digits
 from nanguard.stabilizer.functional import exponential, sigmoid
+from nanguard.stabilizer.mantissas import Mantissa
 from nanguard.stabilizer.outline import filled_value
 from nanguard.stabilizer.resolve import function
 from nanguard.stabilizer.scaled import Scaled
@@ -122,6 +124,7 @@ class _Evaluation:
         self._device = device
         self._private = private
         self._known: dict[Any, Any] = {}
+        self._mantissas: dict[int, Mantissa] = {}
 
     def log(self, term: Term, private: bool | None = None) -> Tensor:
         """The logarithm of the number that a term stands for: for a leaf, the tensor itself."""
@@ -137,7 +140,7 @@ class _Evaluation:
             value: Tensor = term.value if self._values is None else self._values[term.value]
             return (value if term.tracked else value.detach()).to(self._dtype, copy=private)
         if term.operator is ops.DIFFERENCE and not any(arg.signed for arg in term.args):
-            return scaled.logarithm_of_difference(*map(self.log, term.args))
+            return self._digits().logarithm_of_difference(term)
         if term.operator is ops.COMPLEMENT:
             return scaled.logarithm_of_complement(self.log(term.args[0]), self.scaled(term.args[1]))
         if term.signed and term.operator in _SUMS_OF_TWO:
@@ -165,6 +168,10 @@ class _Evaluation:
             args = [self.log(arg, saves_input) for arg in term.args]
         result: Tensor = function(term.operator.function)(*args, **self._parameters(term))
         return result
+
+    def _digits(self) -> Digits:
+        # Not kept: it refers back to this, and a cycle would keep all of it alive.
+        return Digits(self.log, self._parameters, self._contraction, self._mantissas)
 
     def _summands(self, term: Apply) -> list[Scaled]:
         if term.operator is ops.PLUS_CONSTANT:
@@ -219,6 +226,8 @@ class _Evaluation:
         if term.operator in (ops.WEIGH, ops.WEIGH_REST):
             weight = self.log(term.args[1])
             return scaled.weighed(self.scaled(term.args[0]), weight if term.operator is ops.WEIGH else 1 - weight)
+        if term.operator is ops.DIFFERENCE and not any(arg.signed for arg in term.args):
+            return self._digits().difference(term)
         if term.operator is ops.COMPLEMENT and term.signed:
             return self.scaled(term.args[0])
         x = _sigmoid_in(term) if term.signed else None

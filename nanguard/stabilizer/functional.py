@@ -46,6 +46,7 @@ __all__ = [
     "topk",
     "triangle",
     "where",
+    "without_top",
     "written",
     "xlogy",
 ]
@@ -187,6 +188,12 @@ def sort(l: Tensor, dim: int, descending: bool, stable: bool) -> Tensor:  # noqa
 def topk(l: Tensor, k: int, dim: int, largest: bool) -> Tensor:  # noqa: E741
     """The k largest, or smallest, along `dim`, in order."""
     return torch.topk(l, k, dim, largest).values
+
+
+def without_top(l: Tensor, k: int, dim: int, largest: bool) -> Tensor:  # noqa: E741
+    """`l`, but -inf for the k largest, or smallest, along `dim`."""
+    chosen = torch.topk(l.detach(), k, dim, largest).indices
+    return l.masked_fill(torch.zeros_like(l, dtype=torch.bool).scatter(dim, chosen, True), -math.inf)
 
 
 def pad(l: Tensor, pad: tuple[int, ...], value: float) -> Tensor:  # noqa: E741

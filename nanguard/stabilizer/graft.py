@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanguard.stabilizer import environment
 
-__all__ = ["Derivative", "Function", "graft", "graft_in_place", "may_be_overwritten"]
+__all__ = ["Derivative", "Function", "graft", "graft_in_place", "is_worse", "may_be_overwritten"]
 
 Function = Callable[[Tensor], Tensor]
 Derivative = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +35,7 @@ def graft(
     from. One call that asks for both at once gets the former only, and torch then raises that the intermediate is unused.
     """
     if not (torch.is_grad_enabled() and stable.requires_grad):
-        return _laid_out(naive, stable, dtype, fresh, plain)
+        return _laid_out(naive, stable, dtype, fresh, plain)[0]
     result: Tensor = _Graft.apply(naive, stable, stable.grad_fn, dtype, fresh, slope, plain)  # type: ignore[no-untyped-call]
     return result
 
@@ -55,7 +55,9 @@ def may_be_overwritten(tensor: Tensor) -> bool:
     return not (tensor.requires_grad and tensor.is_leaf)
 
 
-def _laid_out(naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, plain: Function) -> Tensor:
+def _laid_out(
+    naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, plain: Function
+) -> tuple[Tensor, Tensor | None]:
     if _is_watched():
         result = torch.empty_like(naive, dtype=dtype, requires_grad=False)
         result = _with_strides_of(result, stable.to(dtype, copy=True))
@@ -70,18 +72,28 @@ def _laid_out(naive: Tensor, stable: Tensor, dtype: torch.dtype, fresh: bool, pl
     return _without_new_nan(result, naive, plain)
 
 
-def _without_new_nan(result: Tensor, naive: Tensor, plain: Function) -> Tensor:
-    """The plain value where the stable one is NaN, or infinite although the plain one is not: digits are lost in both."""
+def is_worse(stable: Tensor, naive: Tensor, plain: Function) -> bool:
+    """Whether the stable value is not finite somewhere where the plain one is."""
+    return _without_new_nan(stable.clone(), naive, plain)[1] is not None
+
+
+def _without_new_nan(result: Tensor, naive: Tensor, plain: Function) -> tuple[Tensor, Tensor | None]:
+    """The plain value where the stable one is NaN, or infinite although the plain one is not: digits are lost in both.
+
+    The second is where that made something finite.
+    """
     if result.device.type == "cpu":  # elsewhere the question would wait for the device
         if math.isfinite(result.sum().item()):
-            return result  # one pass, and no memory
+            return result, None  # one pass, and no memory
         if bool(result.isfinite().all()):
-            return result
+            return result, None
     with torch._C.DisableTorchFunction():
         original = plain(naive).to(result.dtype)
         worse = result.isnan() | (result.isinf() & original.isfinite())
         repaired = torch.where(worse, original, result)
-        return repaired if _is_watched() else result.copy_(repaired)
+        finite = worse & original.isfinite()
+        repaired = repaired if _is_watched() else result.copy_(repaired)
+        return repaired, finite if bool(finite.any()) else None
 
 
 def _is_watched() -> bool:
@@ -96,8 +108,8 @@ def _with_strides_of(template: Tensor, tensor: Tensor) -> Tensor:
     return dense.permute([order.index(dim) for dim in range(template.ndim)]).clone()
 
 
-def _prepare(ctx: Any, naive: Tensor, node: Any, slope: Derivative | None) -> None:
-    ctx.node, ctx.slope = node, slope
+def _prepare(ctx: Any, naive: Tensor, node: Any, slope: Derivative | None, repaired: Tensor | None = None) -> None:
+    ctx.node, ctx.slope, ctx.repaired = node, slope, repaired
     # What nobody asks about stays undefined: as zeros it would be multiplied by infinities further down.
     ctx.set_materialize_grads(False)
     if slope is not None:
@@ -109,12 +121,22 @@ def _split(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]
         return None, None
     # The engine is asked, not ctx.needs_input_grad, which says what was recorded, not what this backward pass is after.
     if torch._C._will_engine_execute_node(ctx.node):
-        return None, grad
+        return (None, grad) if ctx.repaired is None else _shared(ctx, grad, ctx.repaired)
     if ctx.slope is None:
         return grad, None
     (naive,) = ctx.saved_tensors
     with torch._C.DisableTorchFunction():
         return ctx.slope(grad, naive), None
+
+
+def _shared(ctx: Any, grad: Tensor, repaired: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Where the plain value stands, its derivative does as well, by way of the naive tensor."""
+    own = grad.masked_fill(~repaired, 0.0)
+    if ctx.slope is not None:
+        (naive,) = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            own = ctx.slope(own, naive.masked_fill(~repaired, 1.0)).masked_fill(~repaired, 0.0)
+    return own, grad.masked_fill(repaired, 0.0)
 
 
 @final
@@ -130,8 +152,10 @@ class _Graft(torch.autograd.Function):
         slope: Derivative | None,
         plain: Function,
     ) -> Tensor:
-        _prepare(ctx, naive, node, slope)
-        result = _laid_out(naive, stable, dtype, fresh, plain)
+        result, repaired = _laid_out(naive, stable, dtype, fresh, plain)
+        if repaired is not None and not bool(naive.isfinite().all()):
+            repaired = None  # what has overflowed elsewhere would make NaN of a derivative of 0
+        _prepare(ctx, naive, node, slope, repaired)
         if result is stable:
             # Handed on as it is, it would count as a view, which could not be edited in place.
             ctx.mark_dirty(stable)

@@ -18,7 +18,7 @@ from nanguard.stabilizer.accuracy import keeps_digits
 from nanguard.stabilizer.advisor import Advisor
 from nanguard.stabilizer.answers import Answer, answer_by, grafted
 from nanguard.stabilizer.calls import Look
-from nanguard.stabilizer.graft import Derivative, Function, graft_in_place, may_be_overwritten
+from nanguard.stabilizer.graft import Derivative, Function, graft_in_place, is_worse, may_be_overwritten
 from nanguard.stabilizer.knowledge import Knowledge, Known
 from nanguard.stabilizer.losses import BinaryCrossEntropy
 from nanguard.stabilizer.memo import UNSEEN, Memo, Reply
@@ -168,7 +168,7 @@ class Queries:
 
     def _answered_in_place(self, query: _Query, answer: Answer, values: Sequence[Tensor]) -> Tensor | None:
         stable = answer.computed(values, query.subject)
-        if stable is None:
+        if stable is None or is_worse(stable, query.subject, query.plain):
             return None
         self._note(query, answer, values, stable)
         self._knowledge.edited(query.subject)
