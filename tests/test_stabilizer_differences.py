@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import nanguard
+from nanguard.stabilizer.graft import graft
 
 
 def lse(x, *places, keep=False):
@@ -228,3 +229,14 @@ def test_in_place_too():
     assert swaps
     torch.testing.assert_close(value, lse(x, 1, 2))
     torch.testing.assert_close(torch.autograd.grad(value.sum(), x)[0], torch.tensor([[0.0, 0.62245935, 0.37754067]]))
+
+
+@pytest.mark.parametrize(("first", "wanted"), [(1.0, [5.0, 0.25]), (math.inf, [5.0, 0.0])], ids=["finite", "overflown"])
+def test_where_the_plain_value_is_put_in_so_is_its_derivative(first, wanted):
+    """Unless something else has overflown on the plain way, where a derivative of 0 would become NaN."""
+    x = torch.tensor([1.0, 4.0], requires_grad=True)
+    naive = x * torch.tensor([first, 2.0])
+    lost = torch.tensor([False, True])
+    result = graft(naive, (5 * x).masked_fill(lost, math.nan), torch.float32, False, torch.div, torch.log)
+    torch.testing.assert_close(result.detach(), torch.tensor([5.0, math.log(8)]))
+    torch.testing.assert_close(torch.autograd.grad(result.sum(), x)[0], torch.tensor(wanted))

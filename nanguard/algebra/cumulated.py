@@ -64,7 +64,7 @@ def _part(term: Term) -> _Part | None:
     if found is None or found[0] != source or (term is not source and picked_dim(term) != dim):  # type: ignore[arg-type]
         return None
     places = found[1]
-    if not places or places != tuple(range(places[0], places[0] + len(places))):
+    if not places or list(places) != list(range(places[0], places[0] + len(places))):
         return None
     return _Part(source, dim, places[0], len(places))
 

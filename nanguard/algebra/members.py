@@ -26,7 +26,7 @@ class Members(NamedTuple):
 
     base: Term
     dim: int
-    places: tuple[int, ...]
+    places: Sequence[int]
 
 
 def rest_of_members(whole: Term, part: Term) -> Term | None:
@@ -41,18 +41,19 @@ def rest_of_members(whole: Term, part: Term) -> Term | None:
     places = _everything(whole, base, dim)
     if places is None or whole.shape not in (part.shape, ()):
         return None
-    rest = tuple(place for place in places if place not in taken.places)
-    if not rest or len(rest) + len(taken.places) != len(places):
+    runs = _runs_without(places, taken.places)
+    left = sum(map(len, runs))
+    if not left or left + len(taken.places) != len(places):
         return None
-    return build.reshape(_sum_of(base, dim, rest), part.shape)
+    return build.reshape(_sum_of(base, dim, runs), part.shape)
 
 
-def _everything(whole: Term, base: Term, dim: int) -> tuple[int, ...] | None:
+def _everything(whole: Term, base: Term, dim: int) -> Sequence[int] | None:
     """The places of a sum along the same line: probabilities that sum to 1 are what 1 consists of."""
     source = base.args[0] if isinstance(base, Apply) and is_op(base, ops.SORTED) and base.params["dim"] == dim else base
     if constant_of(whole) == 1.0:
         complete = isinstance(source, Apply) and source.operator is ops.LOG_SOFTMAX and source.params["dim"] == dim
-        return tuple(range(source.shape[dim])) if complete else None
+        return range(source.shape[dim]) if complete and type(source.shape[dim]) is int else None
     members = _members(whole)
     if members is None or members.dim != dim:
         return None
@@ -89,7 +90,7 @@ def _members(term: Term) -> Members | None:
         if one is None or other is None or one[:2] != other[:2] or set(one.places) & set(other.places):
             return None
         alike = term.args[0].shape == term.args[1].shape
-        return Members(one.base, one.dim, tuple(sorted(one.places + other.places))) if alike else None
+        return Members(one.base, one.dim, sorted((*one.places, *other.places))) if alike else None
     return _of_pick(term)
 
 
@@ -113,7 +114,7 @@ def _of_total(term: Apply) -> Members | None:
         return None
     dim = term.params["dim"][0]
     found = line(term.args[0], dim)
-    if found is None or len(set(found[1])) != len(found[1]):
+    if found is None or _repeats(found[1]):
         return None
     return Members(found[0], dim, found[1])
 
@@ -136,12 +137,12 @@ def _of_pick(term: Apply) -> Members | None:
     if inner.operator is ops.LOG_REST:
         source = build.log_softmax(source, dim)
     whole = line(source, dim)
-    if whole is None or len(set(whole[1])) != len(whole[1]):
+    if whole is None or _repeats(whole[1]):
         return None
     base, places = whole
     if inner.operator is ops.LOGCUMSUMEXP:
         return Members(base, dim, places[: place + 1])
-    return Members(base, dim, places[:place] + places[place + 1 :])
+    return Members(base, dim, [*places[:place], *places[place + 1 :]])
 
 
 def picked_dim(term: Apply) -> int | None:
@@ -155,19 +156,19 @@ def picked_dim(term: Apply) -> int | None:
     return dims[0] if len(dims) == 1 else None
 
 
-def line(term: Term, dim: int) -> tuple[Term, tuple[int, ...]] | None:
+def line(term: Term, dim: int) -> tuple[Term, Sequence[int]] | None:
     """What the elements along `dim` were picked from, and which they are; `None` where nobody knows how many there are."""
     return _line(term, dim) if len(term.shape) > dim else None
 
 
-def _line(term: Term, dim: int) -> tuple[Term, tuple[int, ...]] | None:
+def _line(term: Term, dim: int) -> tuple[Term, Sequence[int]] | None:
     if isinstance(term, Apply) and term.operator in (ops.SELECT, ops.NARROW, ops.INDEX) and picked_dim(term) == dim:
         source = _line(term.args[0], dim)
         chosen = None if source is None else _chosen(term, dim, len(source[1]))
         if source is not None and chosen is not None:
-            return source[0], tuple(source[1][place] for place in chosen)
+            return source[0], _nested(source[1], chosen)
     size = term.shape[dim] if len(term.shape) > dim else None
-    return (term, tuple(range(size))) if type(size) is int else None
+    return (term, range(size)) if type(size) is int else None
 
 
 def _chosen(term: Apply, dim: int, size: int) -> Sequence[int] | None:
@@ -199,19 +200,42 @@ def _key(term: Apply) -> tuple[object, ...] | None:
     return entries if simple and len(entries) == rank else None
 
 
-def _sum_of(base: Term, dim: int, places: tuple[int, ...]) -> Term:
-    """The sum of these elements, in as few pieces as they lie in; more than two are collected first."""
-    runs: list[list[int]] = []
-    for place in places:
-        if runs and place == runs[-1][-1] + 1:
-            runs[-1].append(place)
+def _nested(places: Sequence[int], chosen: Sequence[int]) -> Sequence[int]:
+    """Places among places; neighbours stay a range, however many there are."""
+    if isinstance(chosen, range):
+        return places[chosen.start : chosen.stop : chosen.step]
+    return [places[place] for place in chosen]
+
+
+def _repeats(places: Sequence[int]) -> bool:
+    return not isinstance(places, range) and len(set(places)) != len(places)
+
+
+def _runs_without(places: Sequence[int], taken: Sequence[int]) -> list[range]:
+    """The neighbours that are left."""
+    if isinstance(places, range) and isinstance(taken, range) and places.step == taken.step == 1 and taken:
+        ends = [range(places.start, min(taken.start, places.stop)), range(max(taken.stop, places.start), places.stop)]
+        return [run for run in ends if run]
+    gone = taken if isinstance(taken, range) else set(taken)
+    runs: list[range] = []
+    for place in sorted(places):
+        if place in gone:
+            continue
+        if runs and place == runs[-1].stop:
+            runs[-1] = range(runs[-1].start, place + 1)
         else:
-            runs.append([place])
+            runs.append(range(place, place + 1))
+    return runs
+
+
+def _sum_of(base: Term, dim: int, runs: Sequence[range]) -> Term:
+    """The sum of these elements, in as few pieces as they lie in; more than two are collected first."""
     if len(runs) > 2:
-        key = (*(slice(None),) * dim, list(places))
+        places = [place for run in runs for place in run]
+        key = (*(slice(None),) * dim, places)
         shape = (*base.shape[:dim], len(places), *base.shape[dim + 1 :])
         return logsumexp(build.rearrange(ops.INDEX, (base,), shape, key=key), (dim,), True)
-    sums = [_sum_of_run(base, dim, run[0], len(run)) for run in runs]
+    sums = [_sum_of_run(base, dim, run.start, len(run)) for run in runs]
     return sums[0] if len(sums) == 1 else Apply(ops.LOGADDEXP, tuple(sums), sums[0].shape)
 
 

@@ -113,8 +113,7 @@ def total(a: Mantissa, dim: tuple[int, ...], keepdim: bool) -> Mantissa:
     largest = a.log.detach().gather(dim[0], place)
     terms = torch.exp(a.log - largest.masked_fill(largest.isinf(), 0.0))
     terms = terms if a.factor is None else terms * a.factor
-    first = torch.zeros_like(terms, dtype=torch.bool).scatter(dim[0], place, True)
-    low = terms.masked_fill(first, 0.0).sum(dim, keepdim=keepdim)
+    low = terms.scatter(dim[0], place, 0.0).sum(dim, keepdim=keepdim)
     log = largest.masked_fill(largest == math.inf, 0.0).reshape(low.shape)
     return Mantissa(log, terms.gather(dim[0], place).reshape(low.shape), low)
 
