@@ -75,8 +75,8 @@ def logaddexp(l: Tensor, m: Tensor) -> Tensor:  # noqa: E741
     gap = low - high
     # Infinities of the same sign have no gap.
     gap = torch.where(gap.detach().isnan() & (high.detach() == low.detach()), 0.0, gap)
-    # log(1 + e^gap). The second derivative of torch.logaddexp is NaN where the gap is wide.
-    return high - torch.nn.functional.logsigmoid(-gap)
+    # log(1 + e^gap). The second derivative of torch.logaddexp is NaN where the gap is wide, that of logsigmoid(-gap) is 0.
+    return high + torch.nn.functional.softplus(gap)
 
 
 def plus_constant(l: Tensor, constant: float) -> Tensor:  # noqa: E741
