@@ -1,0 +1,98 @@
+"""What is taken out of the exponents of numbers that are added: the largest of those that count.
+
+A number is a factor, or `None` for 1, times the exponential of an exponent. Where its factor is 0, an exponent does not count:
+to compare others to it would cost them their digits. A derivative at the factor needs it all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from nanguard.stabilizer import environment
+
+__all__ = ["Number", "is_differentiated", "kept", "larger", "largest", "over"]
+
+# The exponent and the factor.
+Number: TypeAlias = "tuple[Tensor, Tensor | None]"
+
+
+def largest(number: Number, dims: tuple[int, ...]) -> Tensor:
+    """What is taken out of all along `dims`, which stay."""
+    visible, hidden = _visible(number), _invisible(number)
+    most = visible.amax(dims, keepdim=True)
+    return most if hidden is None else _reaching(most, hidden.amax(dims, keepdim=True))
+
+
+def larger(one: Number, other: Number) -> Tensor:
+    """What is taken out of both, element by element."""
+    most = torch.maximum(_visible(one), _visible(other))
+    hidden = [log for log in map(_invisible, (one, other)) if log is not None]
+    if not hidden:
+        return most
+    return _reaching(most, hidden[0] if len(hidden) == 1 else torch.maximum(*hidden))
+
+
+def over(number: Number, most: Tensor) -> Tensor:
+    """The number after that was taken out; where its factor is 0, the exponential stays finite."""
+    log, factor = number
+    shift, hidden = most.masked_fill(most.isinf(), 0.0), _hidden(number)
+    if factor is None or hidden is None:
+        return torch.exp(log - shift)
+    if not is_differentiated(factor):
+        return torch.exp(log.masked_fill(hidden, -math.inf) - shift) * factor
+    gap = log - shift
+    return torch.exp(torch.where(hidden, gap.clamp(max=_reach(gap.dtype)), gap)) * factor
+
+
+def kept(most: Tensor) -> Tensor:
+    """What was taken out, as an exponent: that of an empty sum stays -inf, so that nothing is compared to it later."""
+    return most.masked_fill(most == math.inf, 0.0)
+
+
+def is_differentiated(factor: Tensor) -> bool:
+    """Whether a derivative may be asked for at a factor: it is there even where the factor is 0."""
+    return factor.requires_grad or environment.in_transform()
+
+
+def _hidden(number: Number) -> Tensor | None:
+    """Where an exponent does not count because the factor is 0; but of what is no number, 0 times is none either."""
+    log, factor = number
+    if factor is None:
+        return None
+    hidden = factor.detach() == 0
+    return hidden & (log.detach() < math.inf) if is_differentiated(factor) else hidden
+
+
+def _visible(number: Number) -> Tensor:
+    """The exponents that count, and -inf elsewhere."""
+    hidden, log = _hidden(number), number[0].detach()
+    return log if hidden is None else log.masked_fill(hidden, -math.inf)
+
+
+def _invisible(number: Number) -> Tensor | None:
+    """The exponents that only derivatives at their factors need, and -inf elsewhere; `None` if there are no such factors."""
+    log, factor = number
+    hidden = _hidden(number)
+    if factor is None or hidden is None or not is_differentiated(factor):
+        return None
+    return log.detach().masked_fill(~hidden, -math.inf)
+
+
+def _reaching(most: Tensor, hidden: Tensor) -> Tensor:
+    """The largest exponent that counts, or a larger one, for the sake of derivatives at factors that are 0.
+
+    These may be beyond the range of floats, seen from the largest that counts; but that one must not vanish either. Where
+    none counts, the largest that does not is taken out, but no more than leaves the derivatives at the others.
+    """
+    reach = _reach(most.dtype)
+    wanted = torch.minimum(hidden - reach, most + reach / 2)
+    return torch.where(most == -math.inf, hidden.clamp(max=reach / 2), torch.maximum(most, wanted))
+
+
+def _reach(dtype: torch.dtype) -> float:
+    """An exponent whose exponential is finite, with something to spare."""
+    return math.log(torch.finfo(dtype).max) - 1.0
