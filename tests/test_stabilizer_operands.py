@@ -111,7 +111,7 @@ DOUBLE = {
     "log1p": lambda x: torch.log1p(x.exp()),
     "share": lambda x: 1 / (1 + x.exp()) ** 3,
     "half": lambda x: (0.5 * x).exp() / (1 + x.exp()),
-    "two": lambda x: torch.log(2 * x.exp() + 3),
+    "two": lambda x: torch.log(2 * x.exp() + 0.5),
 }
 
 

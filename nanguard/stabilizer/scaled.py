@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from nanguard.stabilizer import environment
+from nanguard.stabilizer.exponentials import exponential, weighted
 from nanguard.stabilizer.exponents import is_differentiated, kept, larger, largest, over
-from nanguard.stabilizer.functional import exponential
 
 __all__ = [
     "Scaled",
@@ -252,7 +252,7 @@ def number(value: Scaled) -> Tensor:
     if _is_below_overflow(log):
         return exponential(log) * factor
     nothing = (factor.detach() == 0) & torch.exp(log.detach()).isinf()
-    return exponential(log.masked_fill(nothing, 0.0)) * factor
+    return weighted(exponential(log.masked_fill(nothing, 0.0)), factor)
 
 
 def _is_below_overflow(log: Tensor) -> bool:
