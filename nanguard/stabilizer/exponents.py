@@ -6,7 +6,9 @@ to compare others to it would cost them their digits. A derivative at the factor
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -14,34 +16,34 @@ from torch import Tensor
 
 from nanguard.stabilizer import environment
 
-__all__ = ["Number", "is_differentiated", "kept", "larger", "largest", "over"]
+__all__ = ["Number", "hidden_in", "is_differentiated", "kept", "larger", "largest", "may_be_zero", "over"]
 
 # The exponent and the factor.
 Number: TypeAlias = "tuple[Tensor, Tensor | None]"
 
 
-def largest(number: Number, dims: tuple[int, ...]) -> Tensor:
+def largest(number: Number, dims: tuple[int, ...], hidden: Tensor | None) -> Tensor:
     """What is taken out of all along `dims`, which stay."""
-    visible, hidden = _visible(number), _invisible(number)
-    most = visible.amax(dims, keepdim=True)
-    return most if hidden is None else _reaching(most, hidden.amax(dims, keepdim=True))
+    most, behind = _visible(number, hidden).amax(dims, keepdim=True), _invisible(number, hidden)
+    return most if behind is None else _reaching(most, behind.amax(dims, keepdim=True))
 
 
-def larger(one: Number, other: Number) -> Tensor:
+def larger(one: Number, other: Number, hidden: Sequence[Tensor | None]) -> Tensor:
     """What is taken out of both, element by element."""
-    most = torch.maximum(_visible(one), _visible(other))
-    hidden = [log for log in map(_invisible, (one, other)) if log is not None]
-    if not hidden:
-        return most
-    return _reaching(most, hidden[0] if len(hidden) == 1 else torch.maximum(*hidden))
+    pairs = list(zip((one, other), hidden, strict=True))
+    most = torch.maximum(*(_visible(*pair) for pair in pairs))
+    behind = [log for log in (_invisible(*pair) for pair in pairs) if log is not None]
+    return _reaching(most, functools.reduce(torch.maximum, behind)) if behind else most
 
 
-def over(number: Number, most: Tensor) -> Tensor:
+def over(number: Number, most: Tensor, hidden: Tensor | None) -> Tensor:
     """The number after that was taken out; where its factor is 0, the exponential stays finite."""
     log, factor = number
-    shift, hidden = most.masked_fill(most.isinf(), 0.0), _hidden(number)
-    if factor is None or hidden is None:
+    shift = most.masked_fill(most.isinf(), 0.0)
+    if factor is None:
         return torch.exp(log - shift)
+    if hidden is None:
+        return torch.exp(log - shift) * factor
     if not is_differentiated(factor):
         return torch.exp(log.masked_fill(hidden, -math.inf) - shift) * factor
     gap = log - shift
@@ -58,25 +60,31 @@ def is_differentiated(factor: Tensor) -> bool:
     return factor.requires_grad or environment.in_transform()
 
 
-def _hidden(number: Number) -> Tensor | None:
+def hidden_in(number: Number) -> Tensor | None:
     """Where an exponent does not count because the factor is 0; but of what is no number, 0 times is none either."""
     log, factor = number
-    if factor is None:
+    if factor is None or not may_be_zero(factor):
         return None
     hidden = factor.detach() == 0
     return hidden & (log.detach() < math.inf) if is_differentiated(factor) else hidden
 
 
-def _visible(number: Number) -> Tensor:
+def may_be_zero(factor: Tensor) -> bool:
+    """Whether some of it are 0, where that can be asked."""
+    if not factor.is_cpu or environment.is_surrounded() or environment.has_hooks_of_saved_tensors():
+        return True
+    return not factor.detach().all().item()
+
+
+def _visible(number: Number, hidden: Tensor | None) -> Tensor:
     """The exponents that count, and -inf elsewhere."""
-    hidden, log = _hidden(number), number[0].detach()
+    log = number[0].detach()
     return log if hidden is None else log.masked_fill(hidden, -math.inf)
 
 
-def _invisible(number: Number) -> Tensor | None:
+def _invisible(number: Number, hidden: Tensor | None) -> Tensor | None:
     """The exponents that only derivatives at their factors need, and -inf elsewhere; `None` if there are no such factors."""
     log, factor = number
-    hidden = _hidden(number)
     if factor is None or hidden is None or not is_differentiated(factor):
         return None
     return log.detach().masked_fill(~hidden, -math.inf)

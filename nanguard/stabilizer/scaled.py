@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.exponentials import exponential, weighted
-from nanguard.stabilizer.exponents import is_differentiated, kept, larger, largest, over
+from nanguard.stabilizer.exponents import hidden_in, is_differentiated, kept, larger, largest, may_be_zero, over
 
 __all__ = [
     "Scaled",
@@ -138,8 +138,10 @@ def product_of(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Scaled:
 def _with_signs(a: Scaled) -> tuple[Tensor, Tensor]:
     """The logarithm of the magnitude, and the sign; a factor of 0 is a sign, as its logarithm would have no derivative."""
     factor = _factor(a)
-    zero = factor.detach() == 0
     sign = torch.where(factor.detach() < 0, -1.0, 1.0).to(factor.dtype)
+    if not may_be_zero(factor):
+        return a.log + (factor * sign).log(), sign
+    zero = factor.detach() == 0
     return a.log + (factor * sign).masked_fill(zero, 1.0).log(), torch.where(zero, factor, sign)
 
 
@@ -156,14 +158,16 @@ def negative(a: Scaled) -> Scaled:
 
 def total(a: Scaled, dim: tuple[int, ...], keepdim: bool) -> Scaled:
     """The sum over `dim`."""
-    most = largest(a, dim)
-    factor = over(a, most).sum(dim, keepdim=keepdim)
+    hidden = hidden_in(a)
+    most = largest(a, dim, hidden)
+    factor = over(a, most, hidden).sum(dim, keepdim=keepdim)
     return Scaled(kept(most).reshape(factor.shape), factor)
 
 
 def shares(a: Scaled, dim: tuple[int, ...]) -> Tensor:
     """What each is of the sum over `dim`, in one go: what their derivatives have in common cancels before it overflows."""
-    part = over(a, largest(a, dim))
+    hidden = hidden_in(a)
+    part = over(a, largest(a, dim, hidden), hidden)
     size = part.detach().sum(dim, keepdim=True).abs()
     part = part / size.masked_fill((size == 0) | (size > _TINY), 1.0)
     return part / part.sum(dim, keepdim=True)
@@ -171,16 +175,18 @@ def shares(a: Scaled, dim: tuple[int, ...]) -> Tensor:
 
 def running_total(a: Scaled, dim: int) -> Scaled:
     """The cumulated sum along `dim`."""
-    most = largest(a, (dim,))
-    terms = over(a, most)
+    hidden = hidden_in(a)
+    most = largest(a, (dim,), hidden)
+    terms = over(a, most, hidden)
     return Scaled(kept(most).expand_as(terms), terms.cumsum(dim))
 
 
 def added(a: Scaled, b: Scaled) -> Scaled:
     """P + q, with broadcasting."""
     one, other = (Scaled(log, factor) for log, factor in zip(*_broadcast(a, b), strict=True))
-    largest = larger(one, other)
-    return Scaled(kept(largest), over(one, largest) + over(other, largest))
+    hidden = hidden_in(one), hidden_in(other)
+    most = larger(one, other, hidden)
+    return Scaled(kept(most), over(one, most, hidden[0]) + over(other, most, hidden[1]))
 
 
 def difference(a: Scaled, b: Scaled) -> Scaled:
