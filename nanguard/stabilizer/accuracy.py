@@ -34,6 +34,8 @@ _DTYPES = (torch.float32, torch.float64)
 _SOURCES = frozenset({"exp", "softmax", "sigmoid"})
 _DIVISORS = {"div": "other", "reciprocal": "input", "sqrt": "input", "rsqrt": "input", "pow": "input"}
 _POWERS = frozenset({"sqrt", "rsqrt", "pow", "square"})
+# Of what has their shape already, they are the thing itself.
+_VIEWS = frozenset({"broadcast_tensors", "expand", "reshape"})
 # Where a multiple is moderate, so is what it is a multiple of, nearly.
 _FEW_TIMES = math.log(_BOUND)
 
@@ -44,7 +46,9 @@ def digits_of(law: Law, outline: Term) -> Digits:
         return "if divisor"
     if law.role == "source":
         return "all" if law.name in _SOURCES else "unknown"
-    if not isinstance(outline, Apply) or outline.signed:
+    if isinstance(outline, Leaf):
+        return "if parents" if law.name in _VIEWS else "unknown"
+    if outline.signed:
         return "unknown"
     if law.name in _DIVISORS and (outline.operator is ops.LOG_SOFTMAX or is_sigmoid_multiple(outline)):
         return "if divisor"
