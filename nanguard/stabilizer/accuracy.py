@@ -1,9 +1,9 @@
 """Where the numbers of the user's code are as good as any: there they are kept.
 
-A softmax, a sigmoid and the exponential of moderate numbers have all their digits, and so has a sum of them. While
-2^-24 <= q <= 2^24, neither log q nor its derivative 1 / q, nor the derivative of e / q, overflows or underflows, even if it is
-multiplied by 1e31. The logarithm of what is close to 1 loses digits all the same, as log(1 + e) becomes 0; only that of a
-softmax is no better in its stable form.
+A softmax, a sigmoid and the exponential of moderate numbers have all their digits, and so has a sum of them. So have
+multiples and powers of them, and any numbers divided by them. While 2^-24 <= q <= 2^24, neither log q nor its derivative 1 /
+q, nor the derivative of e / q, overflows or underflows, even if it is multiplied by 1e31. The logarithm of what is close to 1
+loses digits all the same, as log(1 + e) becomes 0; only that of a softmax is no better in its stable form.
 
 To look costs less than to compute anew, unless the tensors are large, or the device would have to be waited for.
 """
