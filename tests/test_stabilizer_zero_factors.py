@@ -33,6 +33,16 @@ SUMS = {
     "two tensors": (lambda z, w: torch.log(z[0].exp() * w[0] + z[1].exp() * w[1]), [60.0, -40.0], [0.0, 1.0]),
     "one of two": (lambda z, w: torch.log(z[0].exp() * w[0] + z[1].exp()), [60.0, -40.0], [0.0, 1.0]),
     "running": (lambda z, w: torch.log((z.exp() * w).cumsum(0)[1:]), [60.0, -40.0, 1.0], [0.0, 1.0, 1.0]),
+    "running, from far below": (
+        lambda z, w: torch.log1p((z.exp() * w).cumsum(0)),
+        [-44.0, 1.0, 4.0, 115.0, 117.0],
+        [0.1, 0.5, 0.8, 0.2, 0.0],
+    ),
+    "shares, and an epsilon": (
+        lambda z, w: torch.log(shares(z, w)[1:] + 0.5),
+        [58.0, -45.0, -23.0],
+        [0.0, 0.4, 0.7],
+    ),
     "signs": (total, [60.0, -40.0, -40.5], [0.0, 1.0, -1.0]),
     "shares": (lambda z, w: shares(z, w) * torch.tensor([1.0, 2.0, 3.0]), [8.0, -4.0, 2.0], [0.0, 1.0, 0.5]),
     "wide shares": (shares, [88.0, -14.0], [0.0, 1.0]),

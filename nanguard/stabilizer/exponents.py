@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanguard.stabilizer import environment
 
-__all__ = ["Number", "hidden_in", "is_differentiated", "kept", "larger", "largest", "may_be_zero", "over"]
+__all__ = ["Number", "hidden_in", "is_differentiated", "kept", "larger", "largest", "may_be_zero", "over", "vanishing"]
 
 # The exponent and the factor.
 Number: TypeAlias = "tuple[Tensor, Tensor | None]"
@@ -48,6 +48,11 @@ def over(number: Number, most: Tensor, hidden: Tensor | None) -> Tensor:
         return torch.exp(log.masked_fill(hidden, -math.inf) - shift) * factor
     gap = log - shift
     return torch.exp(torch.where(hidden, gap.clamp(max=_reach(gap.dtype)), gap)) * factor
+
+
+def vanishing(number: Number, most: Tensor, dim: int, hidden: Tensor | None) -> Tensor:
+    """Where all up to there along `dim` vanishes after that was taken out, or nearly."""
+    return _visible(number, hidden).cummax(dim).values < most - 0.7 * _reach(most.dtype)
 
 
 def kept(most: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ def _reaching(most: Tensor, hidden: Tensor) -> Tensor:
     none counts, the largest that does not is taken out, but no more than leaves the derivatives at the others.
     """
     reach = _reach(most.dtype)
-    wanted = torch.minimum(hidden - reach, most + reach / 2)
+    wanted = torch.minimum(hidden - reach, most + 0.85 * reach)
     return torch.where(most == -math.inf, hidden.clamp(max=reach / 2), torch.maximum(most, wanted))
 
 

@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 
 from nanguard.stabilizer import environment
-from nanguard.stabilizer.exponentials import exponential, weighted
-from nanguard.stabilizer.exponents import hidden_in, is_differentiated, kept, larger, largest, may_be_zero, over
+from nanguard.stabilizer.exponentials import exponential, ratio, weighted
+from nanguard.stabilizer.exponents import (
+    hidden_in,
+    is_differentiated,
+    kept,
+    larger,
+    largest,
+    may_be_zero,
+    over,
+    vanishing,
+)
 
 __all__ = [
     "Scaled",
@@ -86,7 +95,7 @@ def quotient(a: Scaled, b: Scaled) -> Scaled:
     log = a.log - b.log
     if b.factor is None:
         return _of(log, a.factor)
-    return _of(log, b.factor.reciprocal() if a.factor is None else a.factor / b.factor)
+    return _of(log, b.factor.reciprocal() if a.factor is None else ratio(a.factor, b.factor))
 
 
 def _settled(number: Scaled) -> Scaled:
@@ -174,8 +183,15 @@ def shares(a: Scaled, dim: tuple[int, ...]) -> Tensor:
 
 
 def running_total(a: Scaled, dim: int) -> Scaled:
-    """The cumulated sum along `dim`."""
+    """The cumulated sum along `dim`; what comes before its largest part, and would vanish beside it, is summed apart."""
     hidden = hidden_in(a)
+    whole = _running_total(a, dim, hidden)
+    early = vanishing(a, whole.log, dim, hidden)
+    first = _running_total(Scaled(a.log.masked_fill(~early, -math.inf), a.factor), dim, hidden)
+    return Scaled(torch.where(early, first.log, whole.log), torch.where(early, _factor(first), _factor(whole)))
+
+
+def _running_total(a: Scaled, dim: int, hidden: Tensor | None) -> Scaled:
     most = largest(a, (dim,), hidden)
     terms = over(a, most, hidden)
     return Scaled(kept(most).expand_as(terms), terms.cumsum(dim))
