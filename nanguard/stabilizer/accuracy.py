@@ -1,9 +1,9 @@
 """Where the numbers of the user's code are as good as any: there they are kept.
 
-A softmax, a sigmoid and the exponential of moderate numbers have all their digits, and so has a sum of them. While
-2^-24 <= q <= 2^24, neither log q nor its derivative 1 / q, nor the derivative of e / q, overflows or underflows, even if it is
-multiplied by 1e31. The logarithm of what is close to 1 loses digits all the same, as log(1 + e) becomes 0; only that of a
-softmax is no better in its stable form.
+A softmax, a sigmoid and the exponential of moderate numbers have all their digits, and so has a sum of them. So have
+multiples and powers of them, and any numbers divided by them. While 2^-24 <= q <= 2^24, neither log q nor its derivative 1 /
+q, nor the derivative of e / q, overflows or underflows, even if it is multiplied by 1e31. The logarithm of what is close to 1
+loses digits all the same, as log(1 + e) becomes 0; only that of a softmax is no better in its stable form.
 
 To look costs less than to compute anew, unless the tensors are large, or the device would have to be waited for.
 """
@@ -11,7 +11,7 @@ To look costs less than to compute anew, unless the tensors are large, or the de
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.pattern import is_bounded, is_sigmoid_multiple
 from nanguard.stabilizer import environment
 
-__all__ = ["Digits", "digits_of", "divisor_of", "is_small", "keeps_digits"]
+__all__ = ["Digits", "digits_of", "digits_of_fraction", "digits_of_power", "divisor_of", "is_small", "keeps_digits"]
 
 Digits = Literal["all", "if parents", "if divisor", "unknown"]
 
@@ -33,22 +33,42 @@ _BOUND = 2.0**24
 _DTYPES = (torch.float32, torch.float64)
 _SOURCES = frozenset({"exp", "softmax", "sigmoid"})
 _DIVISORS = {"div": "other", "reciprocal": "input", "sqrt": "input", "rsqrt": "input", "pow": "input"}
-_ROOTS = frozenset({"sqrt", "rsqrt", "pow"})
+_POWERS = frozenset({"sqrt", "rsqrt", "pow", "square"})
+# Of what has their shape already, they are the thing itself.
+_VIEWS = frozenset({"broadcast_tensors", "expand", "reshape"})
+# Where a multiple is moderate, so is what it is a multiple of, nearly.
+_FEW_TIMES = math.log(_BOUND)
 
 
 def digits_of(law: Law, outline: Term) -> Digits:
     """Whether a result has all its digits: always, if what it was computed from has, or if its divisor or root is moderate."""
-    if law.name in _ROOTS and isinstance(outline, Apply) and outline.operator in (ops.SCALE, ops.NEGATE):
+    if law.name in _POWERS and isinstance(outline, Apply) and outline.operator in (ops.SCALE, ops.NEGATE):
         return "if divisor"
     if law.role == "source":
         return "all" if law.name in _SOURCES else "unknown"
-    if not isinstance(outline, Apply) or outline.signed:
+    if isinstance(outline, Leaf):
+        return "if parents" if law.name in _VIEWS else "unknown"
+    if outline.signed:
         return "unknown"
     if law.name in _DIVISORS and (outline.operator is ops.LOG_SOFTMAX or is_sigmoid_multiple(outline)):
         return "if divisor"
     if law.name == "mul" and outline.operator is ops.ADD and is_bounded(outline):
         return "if parents"  # what has underflowed in a factor has done so in the product
+    if law.name == "mul" and outline.operator is ops.SHIFT and abs(outline.params["other"]) <= _FEW_TIMES:
+        return "if parents"
     return "if parents" if law.name in ("sum", "add", "detach") or _is_complete(outline) else "unknown"
+
+
+def digits_of_power(outline: Term) -> Digits:
+    """The same of a power whose base nobody looks at: where p^2 is moderate, so is p, but not where its root is."""
+    power = isinstance(outline, Apply) and outline.operator is ops.SCALE and outline.params["other"] >= 1
+    return "if parents" if power else "unknown"
+
+
+def digits_of_fraction(law: Law, bound: Mapping[str, Any], known: Sequence[Tensor | None]) -> Digits:
+    """The same of numbers as they are, divided by the only tensor that something is `known` of: they can have lost none."""
+    divisor = divisor_of(law, bound) if law.name in ("div", "reciprocal") else None
+    return "if divisor" if divisor is not None and len(known) == 1 and known[0] is divisor else "unknown"
 
 
 def _is_complete(outline: Apply) -> bool:

@@ -37,12 +37,14 @@ class Answer:
         as_written: whether it is what the code says, computed otherwise.
         may_stay: whether the value as written costs no more, where it has all its digits.
         near_one: whether the logarithm of what is close to 1 has them.
+        differentiable: whether derivatives flow through it although none flow through what is asked about.
         restart: how it is computed, if what was computed is what is remembered of it.
     """
 
     __slots__ = (
         "_program",
         "as_written",
+        "differentiable",
         "dtype",
         "fresh",
         "may_stay",
@@ -64,6 +66,7 @@ class Answer:
         self.as_written = False
         self.may_stay = is_small(outline)
         self.near_one = is_picked(outline)
+        self.differentiable = False
         self.restart: Restart | None = None
         self._program: Program = program(outline, inner)
 
@@ -100,7 +103,7 @@ class Answer:
         else:
             with torch.autocast(naive.device.type, enabled=False):
                 stable = run(values)
-        differentiable = torch.is_grad_enabled() and naive.requires_grad
+        differentiable = torch.is_grad_enabled() and (naive.requires_grad or self.differentiable)
         if stable.shape != naive.shape or (stable.requires_grad != differentiable and not environment.in_transform()):
             return None
         return stable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
@@ -18,6 +17,7 @@ from nanguard.algebra.pattern import constant_of, core, is_sum
 from nanguard.stabilizer import scaled
 from nanguard.stabilizer.contracted import contraction, is_contraction, may_look
 from nanguard.stabilizer.digits import Digits
+from nanguard.stabilizer.exponents import is_differentiated
 from nanguard.stabilizer.functional import exponential, sigmoid
 from nanguard.stabilizer.mantissas import Mantissa
 from nanguard.stabilizer.outline import filled_value
@@ -108,7 +108,7 @@ _OF_VALUES: dict[str, Callable[..., Scaled]] = {
     "between_sigmoids": scaled.between_sigmoids,
     "tanh": lambda x: Scaled(torch.zeros_like(x), torch.tanh(x)),
     "erf": lambda x: Scaled(torch.zeros_like(x), torch.erf(x)),
-    "log_product": lambda x, dim, keepdim: Scaled(_log_abs(x).sum(dim, keepdim=keepdim), _sign(x, dim, keepdim)),
+    "log_product": scaled.product_of,
 }
 
 
@@ -160,7 +160,10 @@ class _Evaluation:
                 weight, x = map(self.log, weighed)
                 return weight * sigmoid(x)
             by_factor = isinstance(inner, Apply) and (inner.signed or _by_factor(inner))
-            return scaled.number(self.scaled(inner)) if by_factor else exponential(self.log(inner))
+            if not by_factor:
+                return exponential(self.log(inner))
+            shares = self._shares(inner)
+            return scaled.number(self.scaled(inner)) if shares is None else shares
         saves_input = self._private and term.operator not in _SAVE_OUTPUT
         if term.operator.sign == "positive" and term.args[0].signed:
             args = [scaled.logarithm(self.scaled(term.args[0]), floor=True)]
@@ -179,6 +182,16 @@ class _Evaluation:
             return [number, Scaled(number.log.new_full((), term.params["constant"]).log())]
         first, second = map(self.scaled, term.args)
         return [first, scaled.negative(second) if term.operator is ops.DIFFERENCE else second]
+
+    def _shares(self, term: Term) -> Tensor | None:
+        """The shares of a total of numbers with weights that are differentiated at; `None` where it is none."""
+        dim = _dims_of_shares(term)
+        if dim is None:
+            return None
+        assert isinstance(term, Apply)
+        parts = self.scaled(term.args[0])
+        differentiated = parts.factor is not None and is_differentiated(parts.factor)
+        return scaled.shares(parts, dim) if differentiated else None
 
     def _contraction(self, term: Apply) -> Scaled | None:
         """A total of products in one go, where that can be had."""
@@ -261,6 +274,17 @@ def _weighed_sigmoid(term: Term) -> tuple[Term, Term] | None:
     return (above.args[1], x) if constant_of(above.args[0]) == 1.0 else None
 
 
+def _dims_of_shares(term: Term) -> tuple[int, ...] | None:
+    """The dims that are totalled in p / sum p."""
+    if not isinstance(term, Apply) or term.operator is not ops.SUBTRACT or not term.args[0].signed:
+        return None
+    part, total = term.args
+    if not isinstance(total, Apply) or total.operator is not ops.LOGSUMEXP or total.args[0] != part:
+        return None
+    dim: tuple[int, ...] = total.params["dim"]
+    return dim if total.params["keepdim"] or dim == tuple(range(len(dim))) else None
+
+
 def _by_factor(term: Apply) -> bool:
     """Whether a number has to be computed as a factor times an exponential, or is better so: shares of a total of others."""
     if not term.operator.function:
@@ -268,16 +292,6 @@ def _by_factor(term: Apply) -> bool:
     if term.operator is ops.SUBTRACT:
         return term.signed or any(is_sum(core(arg)) for arg in term.args)
     return term.signed and (term.operator.move or term.operator.name in _SCALED)
-
-
-def _log_abs(x: Tensor) -> Tensor:
-    zero = x.detach() == 0
-    return x.abs().masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
-
-
-def _sign(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
-    odd = (x.detach() < 0).sum(dim, keepdim=keepdim) % 2
-    return (1 - 2 * odd).to(x.dtype)
 
 
 _SAVE_OUTPUT = (ops.LOG_SOFTMAX, ops.SOFTMAX)

@@ -7,13 +7,12 @@ derivative is never NaN at l = -inf, which stands for a probability of exactly 0
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanguard.stabilizer import environment
-from nanguard.stabilizer.exponentials import exponential, sigmoid
+from nanguard.stabilizer.exponentials import exponential, sigmoid, weighted
 
 __all__ = [
     "binary_cross_entropy",
@@ -76,8 +75,8 @@ def logaddexp(l: Tensor, m: Tensor) -> Tensor:  # noqa: E741
     gap = low - high
     # Infinities of the same sign have no gap.
     gap = torch.where(gap.detach().isnan() & (high.detach() == low.detach()), 0.0, gap)
-    # log(1 + e^gap). The second derivative of torch.logaddexp is NaN where the gap is wide.
-    return high - torch.nn.functional.logsigmoid(-gap)
+    # log(1 + e^gap). The second derivative of torch.logaddexp is NaN where the gap is wide, that of logsigmoid(-gap) is 0.
+    return high + torch.nn.functional.softplus(gap)
 
 
 def plus_constant(l: Tensor, constant: float) -> Tensor:  # noqa: E741
@@ -137,25 +136,7 @@ def xlogy(l: Tensor, x: Tensor) -> Tensor:  # noqa: E741
     """X l, but 0 where x is 0."""
     zero = x.detach() == 0
     finite = l.masked_fill(zero & l.detach().isinf(), 0.0)
-    if x.requires_grad and not environment.in_transform():
-        product = _Weighted.apply(*torch.broadcast_tensors(finite, x))  # type: ignore[no-untyped-call]
-    else:
-        product = x * finite
-    return torch.where(zero & l.detach().isnan(), 0.0, product)
-
-
-# Where no derivative arrives, as beyond a mask, none goes on to x, although l may be infinite; the same is true of torch.xlogy.
-@final
-class _Weighted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, l: Tensor, x: Tensor) -> Tensor:  # noqa: E741
-        ctx.save_for_backward(l, x)
-        return x * l
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        l, x = ctx.saved_tensors  # noqa: E741
-        return grad * x, grad * l.masked_fill(grad == 0, 0.0)
+    return torch.where(zero & l.detach().isnan(), 0.0, weighted(finite, x))
 
 
 def entr(l: Tensor) -> Tensor:  # noqa: E741

@@ -140,6 +140,8 @@ class FrameNames:
         if isinstance(index, (range, list)):
             return list(index) == list(range(length))
         if isinstance(index, Tensor) and index.device.type == "cpu" and index.dtype == torch.int64:
+            if environment.in_transform():  # there are no numbers yet
+                return False
             return index.tolist() == list(range(length))
         return False
 

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["addresses_of_foreign", "is_plain", "keeps_too_much_alive", "lie_in", "owns_memory", "storage_key"]
+__all__ = [
+    "addresses_of_foreign",
+    "is_plain",
+    "is_real",
+    "keeps_too_much_alive",
+    "lie_in",
+    "owns_memory",
+    "storage_key",
+]
 
 # What is remembered may keep that many bytes alive, or that many times its largest part.
 MOST_MEMORY = 128 << 20
@@ -36,6 +44,11 @@ def _is_plain(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided:
         return False
     return not (tensor.is_inference() or tensor.is_neg() or tensor.is_meta or tensor.is_nested)
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether its numbers are real and have digits: a cast to fewer than 16 bits gives others, of which most are 0."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 def owns_memory(tensor: Tensor) -> bool:

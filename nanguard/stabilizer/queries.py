@@ -124,6 +124,7 @@ class Queries:
         rule, term = found
         dtype = naive.dtype if in_place else _result_dtype(naive, reading.tensors)
         answer, values = answer_by(rule, term, dtype)
+        answer.differentiable = reading.differentiable
         answer.watched = floored is not None or self._advisor.watches(law, term)
         answer.as_written = law.name in _LOGARITHMS and term == written and dtype == naive.dtype and not answer.watched
         picks = None if look is None else look.places(values)
@@ -192,13 +193,16 @@ class Queries:
         if self._repair and law.name == "binary_cross_entropy":
             loss = BinaryCrossEntropy(call, bound)
             if loss.is_replaceable and self._stay.may_swap(reading.parents):
-                return self._repaired(rule, term, naive, loss)
+                return self._repaired(rule, term, naive, loss, reading.differentiable)
         self._advisor.misused(law, term, naive, bound.get("target"), getattr(call.func, "__name__", ""))
         return None
 
-    def _repaired(self, rule: Rule, term: Term, naive: Tensor, loss: BinaryCrossEntropy) -> Tensor | None:
+    def _repaired(
+        self, rule: Rule, term: Term, naive: Tensor, loss: BinaryCrossEntropy, differentiable: bool
+    ) -> Tensor | None:
         dtype = loss.dtype()
         answer, values = answer_by(rule, drop_epsilons(term) if self._drop else term, dtype)
+        answer.differentiable = differentiable
         stable = answer.computed(values, naive)
         if stable is None:
             return None

@@ -14,7 +14,7 @@ from nanguard.algebra.call import is_logarithm
 from nanguard.algebra.operators import FULL
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.knowledge import Knowledge, Known
-from nanguard.stabilizer.memory import is_plain, owns_memory
+from nanguard.stabilizer.memory import is_plain, is_real, owns_memory
 from nanguard.stabilizer.outline import counts_up, looks, may_count_up
 
 __all__ = ["Reading"]
@@ -50,7 +50,7 @@ class Reading:
         """The logarithm of one of the results, or `None` where nothing is known about it."""
         result = results[position]
         first = self.tensors[0] if self.tensors else result
-        if not _is_real(result) or not is_plain(result) or result.device != first.device:
+        if not is_real(result) or not is_plain(result) or result.device != first.device:
             return None
         if not self._traceable(law) or (result.requires_grad and not self.tensors):
             return None
@@ -66,7 +66,15 @@ class Reading:
             self.repeats = self.repeats and looks() == before
         if term.shape != shapes[position]:
             return None
-        return term if result.requires_grad or self._transformed else untracked(term)
+        # Of a query the result is not there yet, only what it asks about: it may have other operands to differentiate at.
+        asks = law.role == "query" or law.role == "misuse"
+        tracked = result.requires_grad or (asks and self.differentiable)
+        return term if tracked or self._transformed else untracked(term)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether one of the operands is differentiated at."""
+        return any(tensor.requires_grad for tensor in self.tensors)
 
     def _traceable(self, law: Law) -> bool:
         """Whether it is certain that derivatives flow through the result, or certain that they do not."""
@@ -92,9 +100,9 @@ class Reading:
             return Operand(self._leaf(tensor), constant=constant)
         if self._keep_source:
             tensor = tensor.clone()
-        leaf = self._leaf(tensor) if _is_real(tensor) else self._index(tensor)
+        leaf = self._leaf(tensor) if is_real(tensor) else self._index(tensor)
         term = known.term if known is not None else None
-        return Operand(leaf, term, real=_is_real(tensor), mask=tensor.dtype is torch.bool)
+        return Operand(leaf, term, real=is_real(tensor), mask=tensor.dtype is torch.bool)
 
     def _leaf(self, tensor: Tensor) -> Leaf:
         if not owns_memory(tensor):
@@ -127,10 +135,6 @@ def _constant(tensor: Tensor, known: Known | None) -> float | None:
     if known is not None:
         full = known.term
         return full.params["constant"] if isinstance(full, Apply) and full.operator is FULL else None
-    if tensor.ndim or tensor.requires_grad or tensor.device.type != "cpu" or not _is_real(tensor):
+    if tensor.ndim or tensor.requires_grad or tensor.device.type != "cpu" or not is_real(tensor):
         return None
     return tensor.item() if type(tensor) is Tensor and not environment.in_transform() else None
-
-
-def _is_real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()

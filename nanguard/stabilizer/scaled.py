@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from nanguard.stabilizer import environment
-from nanguard.stabilizer.functional import exponential
+from nanguard.stabilizer.exponentials import exponential, ratio, weighted
+from nanguard.stabilizer.exponents import (
+    hidden_in,
+    is_differentiated,
+    kept,
+    larger,
+    largest,
+    may_be_zero,
+    over,
+    vanishing,
+)
 
 __all__ = [
     "Scaled",
@@ -29,9 +39,11 @@ __all__ = [
     "multiplied",
     "number",
     "product",
+    "product_of",
     "quotient",
     "running_product",
     "running_total",
+    "shares",
     "total",
     "weighed",
 ]
@@ -83,7 +95,7 @@ def quotient(a: Scaled, b: Scaled) -> Scaled:
     log = a.log - b.log
     if b.factor is None:
         return _of(log, a.factor)
-    return _of(log, b.factor.reciprocal() if a.factor is None else a.factor / b.factor)
+    return _of(log, b.factor.reciprocal() if a.factor is None else ratio(a.factor, b.factor))
 
 
 def _settled(number: Scaled) -> Scaled:
@@ -104,7 +116,7 @@ def power(a: Scaled, exponent: int) -> Scaled:
 def weighed(a: Scaled, weight: Tensor) -> Scaled:
     """W p."""
     log, weight = torch.broadcast_tensors(a.log, weight)
-    if not weight.requires_grad:  # what weighs nothing is nothing to compare others to
+    if not is_differentiated(weight):  # what weighs nothing is nothing to compare others to
         log = log.masked_fill(weight == 0, -math.inf)
     return Scaled(log, weight if a.factor is None else a.factor * weight)
 
@@ -118,8 +130,7 @@ def masked(a: Scaled, mask: Tensor, value: float) -> Scaled:
 def multiplied(a: Scaled, dim: tuple[int, ...], keepdim: bool) -> Scaled:
     """The product over `dim`."""
     log, sign = _with_signs(a)
-    even = 1 - 2 * ((sign < 0).sum(dim, keepdim=keepdim) % 2)
-    return Scaled(log.sum(dim, keepdim=keepdim), even.to(log.dtype))
+    return Scaled(log.sum(dim, keepdim=keepdim), _product(sign, dim, keepdim))
 
 
 def running_product(a: Scaled, dim: int) -> Scaled:
@@ -128,11 +139,25 @@ def running_product(a: Scaled, dim: int) -> Scaled:
     return Scaled(log.cumsum(dim), sign.cumprod(dim))
 
 
+def product_of(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Scaled:
+    """The product over `dim` of numbers that are given as they are."""
+    return multiplied(Scaled(torch.zeros_like(x.detach()), x), dim, keepdim)
+
+
 def _with_signs(a: Scaled) -> tuple[Tensor, Tensor]:
-    """The logarithm of the magnitude, and the sign."""
+    """The logarithm of the magnitude, and the sign; a factor of 0 is a sign, as its logarithm would have no derivative."""
     factor = _factor(a)
     sign = torch.where(factor.detach() < 0, -1.0, 1.0).to(factor.dtype)
-    return logarithm(Scaled(a.log, factor * sign)), sign
+    if not may_be_zero(factor):
+        return a.log + (factor * sign).log(), sign
+    zero = factor.detach() == 0
+    return a.log + (factor * sign).masked_fill(zero, 1.0).log(), torch.where(zero, factor, sign)
+
+
+def _product(factor: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
+    for dim in sorted(dims, reverse=True):
+        factor = factor.prod(dim, keepdim=keepdim)
+    return factor
 
 
 def negative(a: Scaled) -> Scaled:
@@ -142,30 +167,42 @@ def negative(a: Scaled) -> Scaled:
 
 def total(a: Scaled, dim: tuple[int, ...], keepdim: bool) -> Scaled:
     """The sum over `dim`."""
-    log, largest = _shifted(a, lambda visible: visible.amax(dim, keepdim=True))
-    terms = torch.exp(log - _finite(largest))
-    factor = (terms if a.factor is None else terms * a.factor).sum(dim, keepdim=keepdim)
-    return Scaled(_empty(largest).reshape(factor.shape), factor)
+    hidden = hidden_in(a)
+    most = largest(a, dim, hidden)
+    factor = over(a, most, hidden).sum(dim, keepdim=keepdim)
+    return Scaled(kept(most).reshape(factor.shape), factor)
+
+
+def shares(a: Scaled, dim: tuple[int, ...]) -> Tensor:
+    """What each is of the sum over `dim`, in one go: what their derivatives have in common cancels before it overflows."""
+    hidden = hidden_in(a)
+    part = over(a, largest(a, dim, hidden), hidden)
+    size = part.detach().sum(dim, keepdim=True).abs()
+    part = part / size.masked_fill((size == 0) | (size > _TINY), 1.0)
+    return part / part.sum(dim, keepdim=True)
 
 
 def running_total(a: Scaled, dim: int) -> Scaled:
-    """The cumulated sum along `dim`."""
-    log, largest = _shifted(a, lambda visible: visible.amax(dim, keepdim=True))
-    terms = torch.exp(log - _finite(largest))
-    return Scaled(_empty(largest).expand_as(terms), (terms if a.factor is None else terms * a.factor).cumsum(dim))
+    """The cumulated sum along `dim`; what comes before its largest part, and would vanish beside it, is summed apart."""
+    hidden = hidden_in(a)
+    whole = _running_total(a, dim, hidden)
+    early = vanishing(a, whole.log, dim, hidden)
+    first = _running_total(Scaled(a.log.masked_fill(~early, -math.inf), a.factor), dim, hidden)
+    return Scaled(torch.where(early, first.log, whole.log), torch.where(early, _factor(first), _factor(whole)))
+
+
+def _running_total(a: Scaled, dim: int, hidden: Tensor | None) -> Scaled:
+    most = largest(a, (dim,), hidden)
+    terms = over(a, most, hidden)
+    return Scaled(kept(most).expand_as(terms), terms.cumsum(dim))
 
 
 def added(a: Scaled, b: Scaled) -> Scaled:
     """P + q, with broadcasting."""
-    pair = [Scaled(log, factor) for log, factor in zip(*_broadcast(a, b), strict=True)]
-    (one, _), (other, _) = (_shifted(number, lambda visible: visible) for number in pair)
-    largest = torch.maximum(_visible(pair[0]), _visible(pair[1]))
-    shift = _finite(largest)
-    terms = torch.exp(one - shift), torch.exp(other - shift)
-    weighted = [
-        term if number.factor is None else term * number.factor for term, number in zip(terms, pair, strict=True)
-    ]
-    return Scaled(_empty(largest), weighted[0] + weighted[1])
+    one, other = (Scaled(log, factor) for log, factor in zip(*_broadcast(a, b), strict=True))
+    hidden = hidden_in(one), hidden_in(other)
+    most = larger(one, other, hidden)
+    return Scaled(kept(most), over(one, most, hidden[0]) + over(other, most, hidden[1]))
 
 
 def difference(a: Scaled, b: Scaled) -> Scaled:
@@ -237,7 +274,7 @@ def number(value: Scaled) -> Tensor:
     if _is_below_overflow(log):
         return exponential(log) * factor
     nothing = (factor.detach() == 0) & torch.exp(log.detach()).isinf()
-    return exponential(log.masked_fill(nothing, 0.0)) * factor
+    return weighted(exponential(log.masked_fill(nothing, 0.0)), factor)
 
 
 def _is_below_overflow(log: Tensor) -> bool:
@@ -266,32 +303,3 @@ def _broadcast(a: Scaled, b: Scaled) -> tuple[list[Tensor], list[Any]]:
     logs = torch.broadcast_tensors(a.log, b.log)
     factors = [None if number.factor is None else number.factor.expand(logs[0].shape) for number in (a, b)]
     return list(logs), factors
-
-
-def _hidden(number: Scaled) -> Tensor | None:
-    """Where an exponent does not count because the factor is 0. A derivative at the factor would need it."""
-    if number.factor is None or number.factor.requires_grad:
-        return None
-    return number.factor == 0
-
-
-def _visible(number: Scaled) -> Tensor:
-    hidden, log = _hidden(number), number.log.detach()
-    return log if hidden is None else log.masked_fill(hidden, -math.inf)
-
-
-def _shifted(number: Scaled, largest: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Exponents without those that do not count, and the largest of them."""
-    hidden = _hidden(number)
-    log = number.log if hidden is None else number.log.masked_fill(hidden, -math.inf)
-    return log, largest(log.detach())
-
-
-def _finite(largest: Tensor) -> Tensor:
-    """What can be subtracted from exponents."""
-    return largest.masked_fill(largest.isinf(), 0.0)
-
-
-def _empty(largest: Tensor) -> Tensor:
-    """The same as an exponent: that of an empty sum stays -inf, so that nothing is compared to it later."""
-    return largest.masked_fill(largest == math.inf, 0.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanguard.algebra import Law, Spelling, Term
-from nanguard.stabilizer.accuracy import Digits, digits_of, divisor_of
+from nanguard.stabilizer.accuracy import Digits, digits_of, digits_of_fraction, digits_of_power, divisor_of
 from nanguard.stabilizer.advisor import Advisor
 from nanguard.stabilizer.answers import Answer
 from nanguard.stabilizer.basis import basis_for
@@ -157,9 +157,11 @@ class Student:
         operands = parents if look is None else look.parents
         answer = self._quotients.answer(term, parents, result, in_place, operands) if may_overflow else None
         digits: Digits = "unknown" if in_place else digits_of(law, outline)
+        if digits == "unknown" and answer is not None and not in_place:
+            digits = digits_of_fraction(law, bound, [known.tensor() for known in parents])
         divisor = divisor_of(law, bound) if digits == "if divisor" and answer is not None else None
         if divisor is None and digits == "if divisor":
-            digits = "unknown"
+            digits = digits_of_power(outline)
         lesson = None
         if look is not None and reading.repeats:
             lesson = _lesson(look, outline, values, answer, divisor, digits, advised)

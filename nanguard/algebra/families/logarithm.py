@@ -12,7 +12,7 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call
 from nanguard.algebra.registry import law
-from nanguard.algebra.term import Apply, Term
+from nanguard.algebra.term import Apply, Term, Unrecognised
 
 
 # log p
@@ -71,7 +71,7 @@ def log1p(call: Call) -> Term:
     return sums.plus_constant(call.log(), 1.0)
 
 
-# logit p = log(p / (1 - p)), after p was clamped to eps ... 1 - eps
+# logit p = log(p / (1 - p)), after p was clamped to eps ... 1 - eps; of bounds in the wrong order others would win
 @law(
     """
     torch.logit(input, eps=None)
@@ -84,7 +84,10 @@ def log1p(call: Call) -> Term:
 def logit(call: Call) -> Term:
     p = positive(call.log())
     if call["eps"] is not None:
-        p = totals.clamp(p, call.positive("eps"), 1.0 - call.positive("eps"))
+        eps = call.positive("eps")
+        if eps > 0.5:
+            raise Unrecognised
+        p = totals.clamp(p, eps, 1.0 - eps)
     return build.subtract(p, sums.complement(p, 1.0))
 
 

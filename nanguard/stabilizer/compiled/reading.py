@@ -14,6 +14,7 @@ from nanguard.algebra import Apply, Call, Law, Leaf, Operand, Spelling, Term, Un
 from nanguard.algebra.operators import FULL
 from nanguard.stabilizer.compiled.memory import Memory, example, is_plain
 from nanguard.stabilizer.compiled.sizes import Opaque, Size, size_of
+from nanguard.stabilizer.memory import is_real
 from nanguard.stabilizer.resolve import law_table
 
 __all__ = ["Kept", "Known", "Part", "Reading", "lawful", "shape_of"]
@@ -185,7 +186,7 @@ class Reading:
         """The logarithm of one of the results (for a query: the result itself), or `None` where nothing is known about it."""
         result = results[position]
         first = example(self.operands[0]) if self.operands else result
-        if not is_plain(result) or not result.is_floating_point() or result.device != first.device:
+        if not is_plain(result) or not is_real(result) or result.device != first.device:
             return None
         if self._arguments.get("requires_grad"):
             return None
@@ -240,7 +241,7 @@ class Reading:
         if full is not None:
             return Operand(leaf, constant=full.params["constant"])
         term = known.term if known is not None else None
-        return Operand(leaf, term, real=value.is_floating_point(), mask=value.dtype is torch.bool)
+        return Operand(leaf, term, real=is_real(value), mask=value.dtype is torch.bool)
 
     def _leaf(self, node: fx.Node) -> Leaf:
         first = self._knowledge.node_of(node)
