@@ -9,7 +9,7 @@ from nanguard.algebra.linear import exponential, fails_in_gradient_only
 from nanguard.algebra.operators import FLOOR_ZERO, LOG_SIGMOID, LOG_SOFTMAX
 from nanguard.algebra.pattern import is_softmax_of_logits, unshifted, vanishes
 from nanguard.algebra.registry import Rule, lookup, match
-from nanguard.algebra.term import Apply, Term, Unrecognised
+from nanguard.algebra.term import Apply, Term, Unrecognised, untracked
 
 __all__ = ["for_logarithm", "for_quotient", "is_begun_anew", "is_long", "stem"]
 
@@ -56,7 +56,7 @@ def for_quotient(
         return None
     try:
         stable = exponential(term)
-        if stable is None or any(unshifted(operand) == unshifted(term) for operand in operands):
+        if stable is None or any(_is_multiple(term, operand) for operand in operands):
             return None
         rule = None if vanishes(term) else match(term, "quotient")
         if rule is None or (not differentiable and fails_in_gradient_only(term)):
@@ -64,6 +64,12 @@ def for_quotient(
     except Unrecognised:
         return None
     return rule, stable
+
+
+def _is_multiple(term: Term, operand: Term) -> bool:
+    """Whether it is a constant times the operand, also where that is cut off."""
+    one, other = unshifted(term), unshifted(operand)
+    return one == other or untracked(one) == untracked(other)
 
 
 def is_long(term: Term) -> bool:
