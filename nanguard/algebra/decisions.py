@@ -6,17 +6,19 @@ from collections.abc import Iterable
 
 from nanguard.algebra.families.epsilon import drop_epsilons
 from nanguard.algebra.linear import exponential, fails_in_gradient_only
-from nanguard.algebra.operators import FLOOR_ZERO, LOG_SIGMOID, LOG_SOFTMAX
+from nanguard.algebra.operators import FLOOR_ZERO, LOG_SIGMOID, LOG_SOFTMAX, UNFINISHED
 from nanguard.algebra.pattern import is_softmax_of_logits, unshifted, vanishes
 from nanguard.algebra.registry import Rule, lookup, match
 from nanguard.algebra.term import Apply, Term, Unrecognised, untracked
 
-__all__ = ["for_logarithm", "for_quotient", "is_begun_anew", "is_long", "stem"]
+__all__ = ["for_logarithm", "for_quotient", "is_begun_anew", "is_long", "is_remembered", "stem"]
 
 # Larger terms are long: what was computed of them is remembered in their place.
 _LONG = 24
 # What comes from a quotient that may have been replaced already is likely to be a step of a recursion.
 _AGAIN = 8
+# Single expressions are smaller, whatever they say.
+_LONGEST = 64
 
 
 def for_logarithm(
@@ -85,6 +87,20 @@ def is_begun_anew(term: Term, *, again: bool) -> bool:
         again: whether it comes from a quotient itself.
     """
     return term.size > _LONG or (again and term.size > _AGAIN)
+
+
+def is_remembered(term: Term) -> bool:
+    """Whether a term is so large that it is computed once, and remembered in the place of where it came from.
+
+    That is so of what is no quotient, too: products of many probabilities, forward probabilities. It has to be a logarithm.
+    """
+    if not isinstance(term, Apply) or term.size <= _LONGEST:
+        return False
+    return bool(term.leaves) and not _is_unfinished(term)
+
+
+def _is_unfinished(term: Term) -> bool:
+    return isinstance(term, Apply) and (term.operator in UNFINISHED or any(map(_is_unfinished, term.args)))
 
 
 def stem(term: Term) -> Term:

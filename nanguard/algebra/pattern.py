@@ -50,7 +50,9 @@ _PICKS = frozenset(
     {ops.INDEX, ops.GATHER, ops.TAKE_ALONG_DIM, ops.INDEX_SELECT, ops.MASKED_SELECT, ops.SELECT, ops.TAKE}
 )
 _SUMS = frozenset({ops.LOGSUMEXP, ops.LOGMEANEXP, ops.LOGADDEXP, ops.LOGCUMSUMEXP, ops.SCATTER_ADD, ops.LOGADDEXP_AT})
-_MASKS = frozenset({ops.WEIGH, ops.WEIGH_REST, ops.MASKED, ops.WHERE, ops.SET_ITEM, ops.FILLED_DIAGONAL, ops.TRIANGLE})
+_MASKS = frozenset(
+    {ops.WEIGH, ops.WEIGH_REST, ops.FACTOR, ops.MASKED, ops.WHERE, ops.SET_ITEM, ops.FILLED_DIAGONAL, ops.TRIANGLE}
+)
 
 
 def core(term: Term, *, through_scale: bool = True, through_negation: bool = True) -> Term:

@@ -22,7 +22,7 @@ from nanguard.stabilizer.outline import filled_value
 from nanguard.stabilizer.resolve import function
 from nanguard.stabilizer.scaled import Scaled
 
-__all__ = ["Program", "compute_dtype", "evaluate", "exponential_with_parts", "is_fresh", "program"]
+__all__ = ["Program", "compute_dtype", "evaluate", "exponential_with_parts", "is_fresh", "program", "stem_number"]
 
 # Computes an outline of the tensors that its numbers stand for.
 Program = Callable[[Sequence[Tensor]], Tensor]
@@ -49,6 +49,11 @@ def program(outline: Term, dtype: torch.dtype) -> Program:
     """The same, private, for an outline, whatever its tensors: made once, and run often."""
     straight = _straight(outline, dtype, copied=True) if _is_straight(outline) else None
     return straight or (lambda values: _Evaluation(dtype, values[0].device, True, values).log(outline))
+
+
+def stem_number(outline: Term, dtype: torch.dtype) -> Callable[[Sequence[Tensor]], Scaled]:
+    """Computes the number that the stem of an outline stands for."""
+    return lambda values: _Evaluation(dtype, values[0].device, True, values).number(stem(outline))
 
 
 def exponential_with_parts(
@@ -100,6 +105,7 @@ _SCALED: dict[str, Callable[..., Scaled]] = {
 }
 # Of positive numbers these have a form of their own.
 _OF_POSITIVE = (ops.LOGCUMSUMEXP, ops.SUM, ops.CUMSUM)
+_WEIGHED = (ops.WEIGH, ops.WEIGH_REST, ops.FACTOR)
 _SUMS_OF_TWO = (ops.LOGADDEXP, ops.PLUS_CONSTANT, ops.DIFFERENCE)
 # The same, of what is no logarithm.
 _OF_VALUES: dict[str, Callable[..., Scaled]] = {
@@ -216,9 +222,9 @@ class _Evaluation:
         if term.operator.move:
             move = functools.partial(function(term.operator.function), **params)
             return scaled.moved(move, [self.scaled(arg) for arg in term.args])
-        if term.operator in (ops.WEIGH, ops.WEIGH_REST):
+        if term.operator in _WEIGHED:
             weight = self.log(term.args[1])
-            return scaled.weighed(self.scaled(term.args[0]), weight if term.operator is ops.WEIGH else 1 - weight)
+            return scaled.weighed(self.scaled(term.args[0]), 1 - weight if term.operator is ops.WEIGH_REST else weight)
         if term.operator is ops.COMPLEMENT and term.signed:
             return self.scaled(term.args[0])
         x = _sigmoid_in(term) if term.signed else None
