@@ -6,7 +6,15 @@ from collections.abc import Iterable
 
 from nanguard.algebra.families.epsilon import drop_epsilons
 from nanguard.algebra.linear import exponential, fails_in_gradient_only
-from nanguard.algebra.operators import FLOOR_ZERO, LOG_SIGMOID, LOG_SOFTMAX, UNFINISHED
+from nanguard.algebra.operators import (
+    FLOOR_ZERO,
+    LOG_SIGMOID,
+    LOG_SOFTMAX,
+    LOGMEANEXP,
+    LOGSUMEXP,
+    UNFINISHED,
+    WRITTEN,
+)
 from nanguard.algebra.pattern import is_softmax_of_logits, unshifted, vanishes
 from nanguard.algebra.registry import Rule, lookup, match
 from nanguard.algebra.term import Apply, Term, Unrecognised, untracked
@@ -19,6 +27,7 @@ _LONG = 24
 _AGAIN = 8
 # Single expressions are smaller, whatever they say.
 _LONGEST = 64
+_TOTALS = (LOGSUMEXP, LOGMEANEXP)
 
 
 def for_logarithm(
@@ -92,9 +101,14 @@ def is_begun_anew(term: Term, *, again: bool) -> bool:
 def is_remembered(term: Term) -> bool:
     """Whether a term is so large that it is computed once, and remembered in the place of where it came from.
 
-    That is so of what is no quotient, too: products of many probabilities, forward probabilities. It has to be a logarithm.
+    That is so of what is no quotient, too: products of many probabilities, forward probabilities. Totals are recognised by what
+    they are totals of, and buffers by what was assigned to them.
     """
-    if not isinstance(term, Apply) or term.size <= _LONGEST:
+    while isinstance(term, Apply) and term.args and (term.operator.move or term.operator in _TOTALS):
+        if len(term.args) > 1 or term.size <= _LONGEST:
+            break
+        term = term.args[0]
+    if not isinstance(term, Apply) or term.size <= _LONGEST or term.operator is WRITTEN:
         return False
     return bool(term.leaves) and not _is_unfinished(term)
 

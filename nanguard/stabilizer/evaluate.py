@@ -53,7 +53,18 @@ def program(outline: Term, dtype: torch.dtype) -> Program:
 
 def stem_number(outline: Term, dtype: torch.dtype) -> Callable[[Sequence[Tensor]], Scaled]:
     """Computes the number that the stem of an outline stands for."""
-    return lambda values: _Evaluation(dtype, values[0].device, True, values).number(stem(outline))
+
+    def run(values: Sequence[Tensor]) -> Scaled:
+        own = _Evaluation(dtype, values[0].device, True, values).number(stem(outline))
+        return _bare(own, outline)
+
+    return run
+
+
+def _bare(own: Scaled, outline: Term) -> Scaled:
+    """The number that the stem of an outline stands for, with a factor only where it may be negative."""
+    whole = stem(outline) is outline
+    return own if whole and outline.signed else Scaled(scaled.logarithm(own, floor=not whole))
 
 
 def exponential_with_parts(
@@ -66,8 +77,7 @@ def exponential_with_parts(
         own, whole = evaluation.number(stem(outline)), stem(outline) is outline
         if whole:
             result = scaled.number(own)
-        if not (whole and outline.signed):
-            own = Scaled(scaled.logarithm(own, floor=not whole))
+        own = _bare(own, outline)
         if not whole:
             assert isinstance(outline, Apply)
             operator = ops.SOFTMAX if outline.operator is ops.LOG_SOFTMAX else ops.SIGMOID

@@ -30,7 +30,7 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.decisions import is_long, stem
 from nanguard.stabilizer.evaluate import compute_dtype, exponential_with_parts, stem_number
 from nanguard.stabilizer.outline import outlined_together
-from nanguard.stabilizer.scaled import Scaled
+from nanguard.stabilizer.scaled import Scaled, settled
 
 __all__ = ["Beginning", "Reminder", "Restart"]
 
@@ -59,7 +59,7 @@ class Beginning(NamedTuple):
 _LESSONS: dict[Any, object] = {}
 _MOST = 4096
 # Of larger tensors nothing is computed that nobody has asked for.
-_MOST_ELEMENTS = 1 << 18
+_MOST_ELEMENTS = 1 << 16
 
 
 def _form(outline: Term) -> Any:
@@ -152,7 +152,7 @@ def _beginning(whole: Term, number: Scaled) -> Beginning:
 
 
 def _as_term(number: Scaled, shape: tuple[int, ...]) -> tuple[Term, list[Tensor]]:
-    values = [part.expand(shape) for part in number if part is not None]
+    values = [part.expand(shape) for part in settled(number) if part is not None]
     leaves = [Leaf(place, shape, 0, value.requires_grad) for place, value in enumerate(values)]
     return (leaves[0] if len(leaves) == 1 else Apply(ops.FACTOR, tuple(leaves), shape)), values
 
