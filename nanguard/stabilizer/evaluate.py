@@ -22,7 +22,7 @@ from nanguard.stabilizer.outline import filled_value
 from nanguard.stabilizer.resolve import function
 from nanguard.stabilizer.scaled import Scaled
 
-__all__ = ["Program", "compute_dtype", "evaluate", "exponential_with_parts", "is_fresh", "program", "stem_number"]
+__all__ = ["Program", "compute_dtype", "evaluate", "evaluate_stem", "exponential_with_parts", "is_fresh", "program"]
 
 # Computes an outline of the tensors that its numbers stand for.
 Program = Callable[[Sequence[Tensor]], Tensor]
@@ -51,14 +51,10 @@ def program(outline: Term, dtype: torch.dtype) -> Program:
     return straight or (lambda values: _Evaluation(dtype, values[0].device, True, values).log(outline))
 
 
-def stem_number(outline: Term, dtype: torch.dtype) -> Callable[[Sequence[Tensor]], Scaled]:
-    """Computes the number that the stem of an outline stands for."""
-
-    def run(values: Sequence[Tensor]) -> Scaled:
-        own = _Evaluation(dtype, values[0].device, True, values).number(stem(outline))
-        return _bare(own, outline)
-
-    return run
+def evaluate_stem(term: Term, dtype: torch.dtype, values: Sequence[Tensor] | None = None) -> Scaled:
+    """The number that the stem of a term, or of an outline of these tensors, stands for."""
+    device = (term.leaves[0].value if values is None else values[0]).device
+    return scaled.settled(_bare(_Evaluation(dtype, device, True, values).number(stem(term)), term))
 
 
 def _bare(own: Scaled, outline: Term) -> Scaled:

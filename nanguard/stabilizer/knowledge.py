@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanguard.algebra import Term
 from nanguard.stabilizer.basis import Basis
+from nanguard.stabilizer.lineage import Lineage
 from nanguard.stabilizer.memory import (
     addresses_of_foreign,
     is_plain,
@@ -30,35 +31,6 @@ LONGEST_HISTORY = 256
 # Of longer recursions only the latest are kept: whatever is edited, what was computed stays true.
 _MOST_ORIGINS = 256
 _NOTHING: frozenset[int | None] = frozenset()
-
-
-@final
-class Lineage:
-    """Where a tensor came from, in so far as somebody may watch derivatives there. It keeps no tensor alive.
-
-    Attributes:
-        pinned: whether somebody watches derivatives at this tensor (a hook, `retain_grad`), which a swap would bypass.
-        parents: the same of the known tensors that it was computed from.
-    """
-
-    __slots__ = ("parents", "pinned")
-
-    def __init__(self, parents: tuple[Lineage, ...]) -> None:
-        self.parents = parents
-        self.pinned = False
-
-    def is_pinned(self) -> bool:
-        """Whether it, or anything known that it came from, is pinned."""
-        stack, seen = [self], {id(self)}
-        while stack:
-            lineage = stack.pop()
-            if lineage.pinned:
-                return True
-            for parent in lineage.parents:
-                if id(parent) not in seen:
-                    seen.add(id(parent))
-                    stack.append(parent)
-        return False
 
 
 @final

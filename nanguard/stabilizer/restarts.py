@@ -28,7 +28,7 @@ from torch import Tensor
 from nanguard.algebra import Apply, Leaf, Term
 from nanguard.algebra import operators as ops
 from nanguard.algebra.decisions import is_long, stem
-from nanguard.stabilizer.evaluate import compute_dtype, exponential_with_parts, stem_number
+from nanguard.stabilizer.evaluate import compute_dtype, evaluate_stem, exponential_with_parts
 from nanguard.stabilizer.outline import outlined_together
 from nanguard.stabilizer.scaled import Scaled, settled
 
@@ -122,11 +122,11 @@ class Reminder:
         dtype: of the tensor that it is the logarithm of.
     """
 
-    __slots__ = ("_outline", "_run")
+    __slots__ = ("_inner", "_outline")
 
     def __init__(self, term: Term, outline: Term, dtype: torch.dtype) -> None:
         self._outline = outline
-        self._run = stem_number(outline, compute_dtype(term, dtype))
+        self._inner = compute_dtype(term, dtype)
 
     def computed(self, values: Sequence[Tensor], naive: Tensor) -> Beginning | None:
         """What is remembered of a tensor, given what its logarithm consists of; `None` where that is not to be had."""
@@ -134,7 +134,7 @@ class Reminder:
             return None
         kind = naive.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            beginning = _beginning(self._outline, self._run(values))
+            beginning = _beginning(self._outline, evaluate_stem(self._outline, self._inner, values))
         same = any(value.requires_grad for value in beginning.values) == naive.requires_grad
         return beginning if same else None
 

@@ -17,6 +17,7 @@ from nanguard.stabilizer.compiled.emit import rebuilt
 from nanguard.stabilizer.compiled.memory import example
 from nanguard.stabilizer.compiled.plan import Plan
 from nanguard.stabilizer.compiled.reading import Kept, Part
+from nanguard.stabilizer.compiled.remembered import Remembered
 from nanguard.stabilizer.compiled.sizes import Opaque, Size
 
 __all__ = ["Handed", "handed_over", "handing"]
@@ -73,7 +74,7 @@ def _portable(node: Any, plan: Plan, places: dict[fx.Node, _Input | _Result]) ->
             if entry not in places or plan.memory.is_edited(example(entry)):
                 raise Unrecognised
             return places[entry]
-        if isinstance(entry, (Kept, Opaque, Part, Size)):
+        if isinstance(entry, (Kept, Opaque, Part, Remembered, Size)):
             raise Unrecognised
         return entry
 
