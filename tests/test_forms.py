@@ -140,7 +140,6 @@ GAPS = {
     "noisy_or": "the product of complements is 1 in float32",
     "complementary_log_log": "an exponential in an exponential",
     "cumulative_link_with_diff": "a difference to a constant inside cat",
-    "softmax_by_einsum_rows": "a quotient inside einsum",
 }
 
 

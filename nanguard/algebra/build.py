@@ -63,13 +63,44 @@ def _with_sign(negative: bool, a: Term) -> Term:
 def add(a: Term, b: Term) -> Term:
     """Rests on log(p q) = l + m."""
     (flip, a), (flop, b) = unsigned(a), unsigned(b)
-    if is_op(b, ops.NEGATE):
-        return _with_sign(flip != flop, subtract(a, b.args[0]))  # type: ignore[union-attr]
-    if is_op(a, ops.NEGATE):
-        return _with_sign(flip != flop, subtract(b, a.args[0]))  # type: ignore[union-attr]
+    for one, other in ((a, b), (b, a)):
+        divided = _divided(one, other)
+        if divided is not None:
+            return _with_sign(flip != flop, divided)
     if a is b or a == b:
         return scale(a, 2.0)
     return _with_sign(flip != flop, Apply(ops.ADD, (a, b), broadcast_shapes(a.shape, b.shape)))
+
+
+def _divided(a: Term, b: Term) -> Term | None:
+    """Rests on log(p c / q) = l - m + log c, where b is c / q, whose elements may have been moved or repeated since."""
+    found = _inverse(b)
+    return None if found is None else shift(subtract(a, found[0]), found[1])
+
+
+def _inverse(a: Term) -> tuple[Term, float] | None:
+    """The log q and the log c of c / q: dividing commutes with all that moves elements."""
+    if not isinstance(a, Apply):
+        return None
+    if a.operator is ops.NEGATE:
+        return a.args[0], 0.0
+    moves = a.operator.move and len(a.args) == 1
+    found = _inverse(a.args[0]) if moves or a.operator is ops.SHIFT else None
+    if found is None:
+        return None
+    inner, constant = found
+    return (_moved(a, inner), constant) if moves else (inner, constant + a.params["other"])
+
+
+def _moved(move: Apply, a: Term) -> Term:
+    """The elements of another term moved, or repeated, in the same way."""
+    if move.operator is ops.RESHAPE:
+        return reshape(a, move.shape)
+    return (
+        expand(a, move.shape)
+        if move.operator is ops.EXPAND
+        else rearrange(move.operator, (a,), move.shape, **move.params)
+    )
 
 
 def subtract(a: Term, b: Term) -> Term:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from nanguard.algebra import operators as ops
 from nanguard.algebra.build import is_op
 from nanguard.algebra.pattern import (
+    QUOTIENTS,
     core,
     is_bounded,
+    is_finite,
     is_over_probabilities,
     is_part,
     is_sigmoid_multiple,
     is_sum,
     is_total,
     operators,
+    unshifted,
 )
 from nanguard.algebra.term import Apply, Term
 
@@ -20,7 +23,6 @@ __all__ = ["exponential", "fails_in_gradient_only"]
 
 # The reciprocal of anything larger, and its derivative, are finite.
 _FLOOR = 1e-15
-_QUOTIENTS = frozenset({"subtract", "negate"})
 
 
 def exponential(term: Term) -> Term | None:
@@ -36,6 +38,8 @@ def exponential(term: Term) -> Term | None:
         return None if _is_normalised(term.args[0]) and not _may_vanish(term.args[0]) else softmax
     if term.operator is ops.LOG_SIGMOID:
         return Apply(ops.SIGMOID, term.args, term.shape)
+    if is_op(unshifted(term), ops.LOG_SOFTMAX):  # c e^x / sum e^x
+        return None if exponential(unshifted(term)) is None else Apply(ops.EXPONENTIAL, (term,), term.shape)
     if is_sigmoid_multiple(term):
         return Apply(ops.EXPONENTIAL, (term,), term.shape)
     return Apply(ops.EXPONENTIAL, (term,), term.shape) if _is_fragile(term) else None
@@ -60,7 +64,7 @@ def _is_normalised(term: Term) -> bool:
 def _may_vanish(term: Term) -> bool:
     """Whether all of it may have vanished: sigmoids without a softmax sum to anything, and so do products."""
     names = operators(term)
-    product = "add" in names and not names & _QUOTIENTS
+    product = "add" in names and not names & QUOTIENTS
     return product or not names & {"log_softmax", "log_rest"}
 
 
@@ -69,11 +73,6 @@ def _has_floor(term: Term) -> bool:
     while isinstance(term, Apply) and term.operator.move:
         term = term.args[0]
     return is_op(term, ops.PLUS_CONSTANT, ops.CLAMP_MIN) and bool(term.params["constant"] >= _FLOOR)  # type: ignore[union-attr]
-
-
-def _is_finite(term: Term) -> bool:
-    """Whether it is made of probabilities without a quotient, so that nothing of it overflows."""
-    return is_bounded(term) and not operators(term) & _QUOTIENTS
 
 
 def _are_weighed_alike(above: Term, below: Term) -> bool:
@@ -97,7 +96,7 @@ def _is_fragile(term: Term) -> bool:
         above, below = inner.args
         if _is_plain(below) or (_is_plain(above) and is_over_probabilities(below)):
             return False
-        if _has_floor(below) and _is_finite(above) and _is_finite(below):
+        if _has_floor(below) and is_finite(above) and is_finite(below):
             return False
         return not (is_total(below) and _is_normalised(above)) or _are_weighed_alike(above, below)
     root = inner.operator is ops.SCALE and inner.params["other"] < 1 and not is_sum(core(inner))

@@ -1,7 +1,8 @@
 """The operators that terms consist of, and how each is computed and written.
 
 A term stands for a number. Most operators give the logarithm of theirs; the *signed* ones (`WEIGH`, `MINUS`, `DIFFERENCE`,
-`TANH`, `ERF`, `PRODUCT`, `POWER`) stand for numbers that may be negative, and are computed as a factor times an exponential.
+`TANH`, `ERF`, `PRODUCT`, `POWER`, `FACTOR`) stand for numbers that may be negative, and are computed as a factor times an
+exponential.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ COMPLEMENT = Operator("complement", "", "{0}", infix=True, sign="as first")
 # Numbers of either sign.
 WEIGH = Operator("weigh", "", "{0} + torch.log({1})", infix=True, sign="any")
 WEIGH_REST = Operator("weigh_rest", "", "{0} + torch.log(1 - {1})", infix=True, sign="any")
+# What is left of a number of either sign whose exponential is given: nobody has weighed anything.
+FACTOR = Operator("factor", "", "{0} + torch.log({1})", infix=True, sign="any")
 MINUS = Operator("minus", "", "{0}", sign="any")
 DIFFERENCE = Operator("difference", "", "{0} + torch.log(-torch.expm1({1} - ({0})))", infix=True, sign="any")
 EXPM1 = Operator("expm1", "", "{0} + torch.log(-torch.expm1(-({0})))", infix=True, sign="any")

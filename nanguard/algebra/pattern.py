@@ -16,6 +16,7 @@ __all__ = [
     "is_bounded",
     "is_constant",
     "is_disguised",
+    "is_finite",
     "is_over_probabilities",
     "is_part",
     "is_probability_or_total",
@@ -38,16 +39,20 @@ LARGEST_EPSILON = 1e-3
 # What may stand around the computation that a rule names: constants, bounds, masks.
 _WRAPPERS = frozenset(
     {ops.SHIFT, ops.CLAMP_MIN, ops.CLAMP_MAX, ops.FLOOR_ZERO, ops.MINUS, ops.XLOGY, ops.ENTR, ops.PADDED}
-    | {ops.COMPLEMENT, ops.DISTANCE, ops.CLOSENESS}
+    | {ops.COMPLEMENT, ops.DISTANCE, ops.CLOSENESS, ops.NAN_TO_ZERO}
     | {ops.AMAX, ops.AMIN, ops.EXTREME, ops.SORTED, ops.TOPK, ops.MAXIMUM, ops.MINIMUM, ops.SCATTER_EXTREME}
 )
+# The operators of quotients, by name.
+QUOTIENTS = frozenset({"subtract", "negate"})
 # Probabilities by name, elementwise or nearly so.
 _NAMED = (ops.LOG_SIGMOID, ops.LOG_REST, ops.LOG_NDTR)
 _PICKS = frozenset(
     {ops.INDEX, ops.GATHER, ops.TAKE_ALONG_DIM, ops.INDEX_SELECT, ops.MASKED_SELECT, ops.SELECT, ops.TAKE}
 )
 _SUMS = frozenset({ops.LOGSUMEXP, ops.LOGMEANEXP, ops.LOGADDEXP, ops.LOGCUMSUMEXP, ops.SCATTER_ADD, ops.LOGADDEXP_AT})
-_MASKS = frozenset({ops.WEIGH, ops.WEIGH_REST, ops.MASKED, ops.WHERE, ops.SET_ITEM, ops.FILLED_DIAGONAL, ops.TRIANGLE})
+_MASKS = frozenset(
+    {ops.WEIGH, ops.WEIGH_REST, ops.FACTOR, ops.MASKED, ops.WHERE, ops.SET_ITEM, ops.FILLED_DIAGONAL, ops.TRIANGLE}
+)
 
 
 def core(term: Term, *, through_scale: bool = True, through_negation: bool = True) -> Term:
@@ -181,7 +186,9 @@ def is_total(term: Term) -> bool:
 
 def is_probability_or_total(term: Term) -> bool:
     """Whether an epsilon on it guards a probability or a sum of exponentials, and not a mixture or a ratio."""
-    while isinstance(term, Apply) and (term.operator.move or term.operator is ops.COMPLEMENT or _is_guard(term)):
+    while isinstance(term, Apply) and (
+        term.operator.move or term.operator in (ops.COMPLEMENT, ops.NAN_TO_ZERO) or _is_guard(term)
+    ):
         term = term.args[0]
     if not isinstance(term, Apply):
         return False
@@ -240,6 +247,11 @@ def is_bounded(term: Term) -> bool:
     if term.operator in (ops.LOG_SOFTMAX, ops.FULL, ops.CLOSENESS, ops.DISTANCE, *_NAMED):
         return True
     return all(map(is_bounded, term.args[:1] if term.operator in (ops.WEIGH, ops.WEIGH_REST) else term.args))
+
+
+def is_finite(term: Term) -> bool:
+    """Whether it is made of probabilities without a quotient, so that nothing of it overflows."""
+    return is_bounded(term) and not operators(term) & QUOTIENTS
 
 
 def operators(term: Term) -> set[str]:

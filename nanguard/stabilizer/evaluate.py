@@ -24,7 +24,7 @@ from nanguard.stabilizer.outline import filled_value
 from nanguard.stabilizer.resolve import function
 from nanguard.stabilizer.scaled import Scaled
 
-__all__ = ["Program", "compute_dtype", "evaluate", "exponential_with_parts", "is_fresh", "program"]
+__all__ = ["Program", "compute_dtype", "evaluate", "evaluate_stem", "exponential_with_parts", "is_fresh", "program"]
 
 # Computes an outline of the tensors that its numbers stand for.
 Program = Callable[[Sequence[Tensor]], Tensor]
@@ -53,6 +53,18 @@ def program(outline: Term, dtype: torch.dtype) -> Program:
     return straight or (lambda values: _Evaluation(dtype, values[0].device, True, values).log(outline))
 
 
+def evaluate_stem(term: Term, dtype: torch.dtype, values: Sequence[Tensor] | None = None) -> Scaled:
+    """The number that the stem of a term, or of an outline of these tensors, stands for."""
+    device = (term.leaves[0].value if values is None else values[0]).device
+    return scaled.settled(_bare(_Evaluation(dtype, device, True, values).number(stem(term)), term))
+
+
+def _bare(own: Scaled, outline: Term) -> Scaled:
+    """The number that the stem of an outline stands for, with a factor only where it may be negative."""
+    whole = stem(outline) is outline
+    return own if whole and outline.signed else Scaled(scaled.logarithm(own, floor=not whole))
+
+
 def exponential_with_parts(
     outline: Term, others: Sequence[Term], dtype: torch.dtype
 ) -> Callable[[Sequence[Tensor]], tuple[Tensor, Scaled, list[Scaled]]]:
@@ -63,8 +75,7 @@ def exponential_with_parts(
         own, whole = evaluation.number(stem(outline)), stem(outline) is outline
         if whole:
             result = scaled.number(own)
-        if not (whole and outline.signed):
-            own = Scaled(scaled.logarithm(own, floor=not whole))
+        own = _bare(own, outline)
         if not whole:
             assert isinstance(outline, Apply)
             operator = ops.SOFTMAX if outline.operator is ops.LOG_SOFTMAX else ops.SIGMOID
@@ -102,6 +113,7 @@ _SCALED: dict[str, Callable[..., Scaled]] = {
 }
 # Of positive numbers these have a form of their own.
 _OF_POSITIVE = (ops.LOGCUMSUMEXP, ops.SUM, ops.CUMSUM)
+_WEIGHED = (ops.WEIGH, ops.WEIGH_REST, ops.FACTOR)
 _SUMS_OF_TWO = (ops.LOGADDEXP, ops.PLUS_CONSTANT, ops.DIFFERENCE)
 # The same, of what is no logarithm.
 _OF_VALUES: dict[str, Callable[..., Scaled]] = {
@@ -236,9 +248,9 @@ class _Evaluation:
         if term.operator.move:
             move = functools.partial(function(term.operator.function), **params)
             return scaled.moved(move, [self.scaled(arg) for arg in term.args])
-        if term.operator in (ops.WEIGH, ops.WEIGH_REST):
+        if term.operator in _WEIGHED:
             weight = self.log(term.args[1])
-            return scaled.weighed(self.scaled(term.args[0]), weight if term.operator is ops.WEIGH else 1 - weight)
+            return scaled.weighed(self.scaled(term.args[0]), 1 - weight if term.operator is ops.WEIGH_REST else weight)
         if term.operator is ops.DIFFERENCE and not any(arg.signed for arg in term.args):
             return self._digits().difference(term)
         if term.operator is ops.COMPLEMENT and term.signed:

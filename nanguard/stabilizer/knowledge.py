@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanguard.algebra import Term
 from nanguard.stabilizer.basis import Basis
+from nanguard.stabilizer.lineage import Lineage
 from nanguard.stabilizer.memory import (
     addresses_of_foreign,
     is_plain,
@@ -47,7 +48,7 @@ class Known:
 
     Attributes:
         node: which derivative the tensor has.
-        pinned: whether somebody watches derivatives at this tensor (a hook, `retain_grad`), which a swap would bypass.
+        lineage: where somebody may watch derivatives that a swap would bypass.
         region: the checkpointed region that it was learnt in.
         basis: what a large softmax can be had from later.
         exact: whether the tensor has all its digits.
@@ -64,11 +65,11 @@ class Known:
         "depth",
         "exact",
         "lesson",
+        "lineage",
         "node",
         "origins",
         "outline",
         "parents",
-        "pinned",
         "region",
         "requires_grad",
         "tensor",
@@ -93,7 +94,7 @@ class Known:
         self.versions = versions
         self.parents = parents
         self.lesson = lesson
-        self.pinned = False
+        self.lineage: Lineage = Lineage(tuple([parent.lineage for parent in parents]))
         self.exact = False
         self.region: Region | None = None
         self.basis: Basis | None = None
@@ -137,21 +138,9 @@ class Known:
         self.outline, self.values, self.lesson = outline, values, lesson
         self.versions = [value._version for value in values]
         self.basis = self._storages = self._term = None
+        self.parents, self.depth = (), 1
         if not self.requires_grad:
-            self.parents, self.depth = (), 1
-
-    def is_pinned(self) -> bool:
-        """Whether it, or anything known that it came from, is pinned."""
-        stack, seen = [self], {id(self)}
-        while stack:
-            known = stack.pop()
-            if known.pinned:
-                return True
-            for parent in known.parents:
-                if id(parent) not in seen:
-                    seen.add(id(parent))
-                    stack.append(parent)
-        return False
+            self.lineage.parents = ()
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether neither the tensor nor anything that the term depends on has changed since."""
@@ -223,8 +212,12 @@ class Knowledge:
         exact: bool = False,
         again: bool = False,
         origins: frozenset[int | None] | None = None,
+        watched: tuple[Known, ...] = (),
     ) -> None:
-        """Note the logarithm of a tensor. The arguments are those of `Known`."""
+        """Note the logarithm of a tensor. The arguments are those of `Known`.
+
+        Where what it was computed from is left behind, derivatives may still be `watched` there.
+        """
         key = id(tensor)
         # The callback must not know the entry: a forgotten one would keep its tensors alive until garbage is collected.
         reference = weakref.ref(tensor, lambda dead: self._drop(key, dead))
@@ -234,6 +227,8 @@ class Knowledge:
         known.basis = basis
         if again:
             known.again = True
+        if watched and known.requires_grad:
+            known.lineage.parents = tuple([parent.lineage for parent in watched])
         if origins:
             known.origins = origins
         if (
@@ -280,11 +275,11 @@ class Knowledge:
         """Note that somebody watches derivatives at this tensor."""
         known = self._known.get(id(tensor))
         if known is not None:
-            known.pinned = self._pins = True
+            known.lineage.pinned = self._pins = True
 
     def are_pinned(self, several: tuple[Known, ...]) -> bool:
         """Whether any of them, or anything known that it came from, is pinned."""
-        return self._pins and any(known.is_pinned() for known in several)
+        return self._pins and any(known.lineage.is_pinned() for known in several)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -10,6 +10,7 @@ from nanguard.algebra import Term
 from nanguard.stabilizer.accuracy import Digits
 from nanguard.stabilizer.answers import Answer
 from nanguard.stabilizer.calls import Look
+from nanguard.stabilizer.restarts import Reminder
 
 __all__ = ["UNSEEN", "Lesson", "Memo", "Reply"]
 
@@ -28,9 +29,10 @@ class Lesson:
         has_basis: whether it is a softmax that logarithms may be picked from later.
         advised: whether the advisor has something to say.
         digits: whether the result has all its digits.
+        reminder: how the logarithm is computed, where that is remembered.
     """
 
-    __slots__ = ("advised", "digits", "has_basis", "outline", "picks", "quotient")
+    __slots__ = ("advised", "digits", "has_basis", "outline", "picks", "quotient", "reminder")
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class Lesson:
         self.has_basis = has_basis
         self.digits = digits
         self.advised = advised
+        self.reminder: Reminder | None = None
 
 
 @final

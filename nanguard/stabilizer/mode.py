@@ -58,7 +58,7 @@ class StabilizerMode(TorchFunctionMode):
         self._branches = Branches()
         self._stay = Stay(self._knowledge, partial(_renewed, drop, repair))
         self._queries = Queries(report, self._advisor, self._knowledge, self._stay, drop, repair)
-        self._student = Student(self._knowledge, Quotients(report, self._stay), self._advisor)
+        self._student = Student(self._knowledge, Quotients(report, self._stay), self._advisor, self._stay)
 
     def __enter__(self) -> StabilizerMode:
         super().__enter__()  # type: ignore[no-untyped-call]

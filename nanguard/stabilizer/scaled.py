@@ -43,6 +43,7 @@ __all__ = [
     "quotient",
     "running_product",
     "running_total",
+    "settled",
     "shares",
     "total",
     "weighed",
@@ -100,11 +101,16 @@ def quotient(a: Scaled, b: Scaled) -> Scaled:
 
 def _settled(number: Scaled) -> Scaled:
     """The same number, with a tiny factor moved into the exponent: the derivative of its reciprocal would overflow."""
+    return settled(number, _TINY)
+
+
+def settled(number: Scaled, least: float = math.inf) -> Scaled:
+    """The same number, with factors of at most that size moved into the exponent: what is left of them is their sign."""
     log, factor = number
     if factor is None:
         return number
     size = factor.detach().abs()
-    size = size.masked_fill((size == 0) | (size > _TINY), 1.0)
+    size = size.masked_fill((size == 0) | (size > least) | size.isinf(), 1.0)
     return Scaled(log + size.log(), factor / size)
 
 

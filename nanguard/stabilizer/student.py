@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from nanguard.algebra import Law, Spelling, Term
+from nanguard.algebra.decisions import is_remembered
+from nanguard.stabilizer import environment
 from nanguard.stabilizer.accuracy import Digits, digits_of, digits_of_fraction, digits_of_power, divisor_of
 from nanguard.stabilizer.advisor import Advisor
 from nanguard.stabilizer.answers import Answer
@@ -20,7 +22,8 @@ from nanguard.stabilizer.outline import outlined
 from nanguard.stabilizer.picked import has_basis
 from nanguard.stabilizer.quotients import Quotients
 from nanguard.stabilizer.reading import Reading
-from nanguard.stabilizer.restarts import Beginning
+from nanguard.stabilizer.regions import Stay
+from nanguard.stabilizer.restarts import Beginning, Reminder
 
 __all__ = ["Computation", "Student"]
 
@@ -55,12 +58,14 @@ class Student:
         knowledge: takes it.
         quotients: replaces them.
         advisor: looks at constants.
+        stay: says whether anything may be computed beside the user's code.
     """
 
-    def __init__(self, knowledge: Knowledge, quotients: Quotients, advisor: Advisor) -> None:
+    def __init__(self, knowledge: Knowledge, quotients: Quotients, advisor: Advisor, stay: Stay) -> None:
         self._knowledge = knowledge
         self._quotients = quotients
         self._advisor = advisor
+        self._stay = stay
 
     def learn_again(
         self, law: Law, spelling: Spelling, look: Look, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
@@ -96,12 +101,33 @@ class Student:
                 self._begin_anew(beginnings, result, sources, parents, exact)
                 return result
         values = [look.values[pick] for pick in lesson.picks]
+        if lesson.reminder is not None and self._is_reminded(lesson.reminder, values, result, parents, exact):
+            return result
         basis = basis_for(softmax, values[0].dtype, exact) if lesson.has_basis else None
         versions = [value._version for value in values]
         self._knowledge.record(
             result, lesson.outline, values, versions, parents, lesson, basis, exact, reply is not None
         )
         return result
+
+    def _is_reminded(
+        self,
+        reminder: Reminder,
+        values: Sequence[Tensor],
+        result: Tensor,
+        parents: tuple[Known, ...],
+        exact: bool,
+        repeats: bool = True,
+    ) -> bool:
+        """Whether the logarithm of a result was computed, and is remembered in the place of where it came from."""
+        if environment.in_transform() or not self._stay.may_swap(parents):
+            return False
+        beginning = reminder.computed(values, result)
+        if beginning is None:
+            return False
+        again = any(known.again for known in parents)
+        self._remember(beginning, result, origins_of(values, parents), exact, again, repeats, watched=parents)
+        return True
 
     def _begin_anew(
         self,
@@ -118,15 +144,37 @@ class Student:
             tensor = result if known is None else known.tensor()
             if tensor is None:
                 continue
-            outline, values = beginning[1:]
-            lesson = beginning.lesson(tensor, known is None or known.again) if repeats else None
             if known is None:
-                versions = [value._version for value in values]
-                self._knowledge.record(
-                    result, outline, values, versions, (), lesson, exact=exact, again=True, origins=origins
-                )
+                self._remember(beginning, result, origins, exact, True, repeats)
             else:
-                known.begin_anew(outline, values, lesson)
+                lesson = beginning.lesson(tensor, known.again) if repeats else None
+                known.begin_anew(beginning.outline, beginning.values, lesson)
+
+    def _remember(
+        self,
+        beginning: Beginning,
+        result: Tensor,
+        origins: frozenset[int | None],
+        exact: bool,
+        again: bool,
+        repeats: bool,
+        watched: tuple[Known, ...] = (),
+    ) -> None:
+        outline, values = beginning[1:]
+        versions = [value._version for value in values]
+        lesson = beginning.lesson(result, again) if repeats else None
+        self._knowledge.record(
+            result,
+            outline,
+            values,
+            versions,
+            (),
+            lesson,
+            exact=exact,
+            again=again,
+            origins=origins,
+            watched=watched,
+        )
 
     def learn(self, computation: Computation, result: Any) -> Any:
         """Learn from a call. Gives what the user's code gets."""
@@ -165,6 +213,8 @@ class Student:
         lesson = None
         if look is not None and reading.repeats:
             lesson = _lesson(look, outline, values, answer, divisor, digits, advised)
+            if lesson is not None and is_remembered(outline):
+                lesson.reminder = Reminder(term, outline, result.dtype)
             if lesson is not None:
                 _LESSONS.put(key, lesson)
         softmax, exact = result, _is_exact(digits, parents)
@@ -173,6 +223,12 @@ class Student:
             result, softmax, exact, beginnings = swapped
             if beginnings:
                 self._begin_anew(beginnings, result, answer[1], operands, exact, lesson is not None)
+                return result
+        if is_remembered(outline) and versions == [value._version for value in values]:
+            reminder = Reminder(term, outline, result.dtype) if lesson is None else lesson.reminder
+            if reminder is not None and self._is_reminded(
+                reminder, values, result, operands, exact, lesson is not None
+            ):
                 return result
         basis = basis_for(softmax, values[0].dtype, exact) if has_basis(outline) else None
         self._knowledge.record(result, outline, values, versions, parents, lesson, basis, exact, answer is not None)

@@ -49,7 +49,7 @@ def addcmul(call: Call) -> Term:
         product = build.add(call.log(one), call.log(other))
     else:
         product = totals.weigh(call.log(one), call.weight(other))
-    return sums.logaddexp(call.log("input"), build.shift(product, math.log(call.positive("value"))))
+    return _added_to_input(call, product)
 
 
 # p + c q / r
@@ -60,8 +60,14 @@ def addcmul(call: Call) -> Term:
     """
 )
 def addcdiv(call: Call) -> Term:
-    quotient = build.subtract(call.log("tensor1"), call.log("tensor2"))
-    return sums.logaddexp(call.log("input"), build.shift(quotient, math.log(call.positive("value"))))
+    return _added_to_input(call, build.subtract(call.log("tensor1"), call.log("tensor2")))
+
+
+def _added_to_input(call: Call, number: Term) -> Term:
+    multiple = build.shift(number, math.log(call.positive("value")))
+    if call.is_number("input"):
+        return build.expand(sums.plus_constant(multiple, call.number("input")), call.shape)
+    return sums.logaddexp(call.log("input"), multiple)
 
 
 # P Q R ...

@@ -12,6 +12,7 @@ from nanguard.algebra import operators as ops
 from nanguard.algebra.buffers import written
 from nanguard.algebra.build import positive
 from nanguard.algebra.call import Call, Operand, normal_dim
+from nanguard.algebra.pattern import is_finite
 from nanguard.algebra.registry import Names, law, rule
 from nanguard.algebra.term import Apply, Term, Unrecognised
 
@@ -141,16 +142,23 @@ def dropout(call: Call) -> Term:
     return call.log()
 
 
-# what is positive and finite stays as it is
+# log nan_to_num(p) = log p, and log 0 = -inf where p is 0 / 0; what may be inf would become something else
 @law(
     """
     torch.nan_to_num(input, nan=0.0, posinf=None, neginf=None)
+    torch.nan_to_num_(input, nan=0.0, posinf=None, neginf=None)
     torch.Tensor.nan_to_num(input, nan=0.0, posinf=None, neginf=None)
+    torch.Tensor.nan_to_num_(input, nan=0.0, posinf=None, neginf=None)
     """,
     branch="selects",
 )
 def nan_to_num(call: Call) -> Term:
-    raise Unrecognised
+    log = positive(call.log())
+    if call["nan"] is not None:
+        _zero(call.number("nan"))
+    if not is_finite(log):
+        raise Unrecognised
+    return Apply(ops.NAN_TO_ZERO, (log,), log.shape)
 
 
 def _with_harmless_numbers(term: Term, names: Names) -> str | None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from nanguard.algebra import build
 from nanguard.algebra import operators as ops
+from nanguard.algebra.build import is_op
 from nanguard.algebra.call import Call
-from nanguard.algebra.pattern import core_is, is_selection
+from nanguard.algebra.pattern import core_is, is_selection, unshifted
 from nanguard.algebra.registry import Names, law, rule
 from nanguard.algebra.term import Apply, Leaf, Term
 
@@ -165,4 +166,4 @@ def quotient_is_softmax(term: Term) -> bool:
 
     - https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.softmax.html
     """
-    return isinstance(term, Apply) and term.operator is ops.LOG_SOFTMAX
+    return is_op(unshifted(term), ops.LOG_SOFTMAX)

@@ -163,6 +163,12 @@ def column_stack(call: Call) -> Term:
     return build.rearrange(ops.CAT, parts, call.shape, dim=1)
 
 
+@law("torch.dstack(tensors)")
+def dstack(call: Call) -> Term:
+    parts = (_at_least(log, 2, front=True) for log in call.logs("tensors"))
+    return build.rearrange(ops.CAT, tuple(_at_least(part, 3, front=False) for part in parts), call.shape, dim=2)
+
+
 def _at_least(log: Term, rank: int, *, front: bool) -> Term:
     """With dims of size 1 in front, or behind, so that there are `rank`."""
     missing = (1,) * (rank - len(log.shape))

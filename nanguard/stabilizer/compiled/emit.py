@@ -13,16 +13,17 @@ from nanguard.stabilizer.compiled.memory import example
 from nanguard.stabilizer.compiled.picks import one_of_each_row
 from nanguard.stabilizer.compiled.plan import Loss, Plan, Replacement
 from nanguard.stabilizer.compiled.reading import Kept, Part
+from nanguard.stabilizer.compiled.remembered import Remembered
 from nanguard.stabilizer.compiled.sizes import Opaque, Size
 from nanguard.stabilizer.compiled.terms import rebuilt
-from nanguard.stabilizer.evaluate import compute_dtype, evaluate, is_fresh
+from nanguard.stabilizer.evaluate import compute_dtype, evaluate, evaluate_stem, is_fresh
 from nanguard.stabilizer.losses import BinaryCrossEntropy
 
 __all__ = ["carry_out"]
 
 
 # What stands for a node in a term.
-_WRITABLE = (fx.Node, Kept, Opaque, Part, Size)
+_WRITABLE = (fx.Node, Kept, Opaque, Part, Remembered, Size)
 
 
 @final
@@ -36,6 +37,8 @@ class _Slot:
 def carry_out(graph: fx.Graph, plan: Plan) -> None:
     """Put the replacements of a plan into the graph, and take out what nobody uses any more."""
     pure = plan.pure
+    for remembered in plan.remembered:
+        pure.add(_write(graph, remembered))
     for replacement in plan.replacements:
         node = replacement.node
         with graph.inserting_before(node):
@@ -54,6 +57,25 @@ def carry_out(graph: fx.Graph, plan: Plan) -> None:
     for node in reversed(graph.nodes):
         if node in pure and not node.users:
             graph.erase_node(node)
+
+
+def _write(graph: fx.Graph, remembered: Remembered) -> fx.Node:
+    """Compute a logarithm right behind what it is the logarithm of."""
+    dtype, kind = remembered.example.dtype, remembered.example.device.type
+    with graph.inserting_before(remembered.node.next):
+        arguments = _Arguments(graph)
+        template = arguments.template(one_of_each_row(remembered.term), {})
+
+        def logarithm(*given: Any) -> Tensor:
+            with torch._C.DisableTorchFunction(), torch.autocast(kind, enabled=False):
+                number = evaluate_stem(_filled(template, given), dtype)
+            value = number.factor if remembered.is_factor else number.log
+            return torch.ones_like(number.log) if value is None else value.expand(remembered.example.shape)
+
+        node = graph.call_function(logarithm, tuple(arguments.nodes))
+    node.meta["example_value"] = remembered.example
+    remembered.written = node
+    return node
 
 
 @final

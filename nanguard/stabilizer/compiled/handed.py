@@ -19,6 +19,7 @@ from nanguard.stabilizer.compiled.boundary import Boundary, Handed
 from nanguard.stabilizer.compiled.memory import example
 from nanguard.stabilizer.compiled.plan import Plan
 from nanguard.stabilizer.compiled.reading import Kept, Part
+from nanguard.stabilizer.compiled.remembered import Remembered
 from nanguard.stabilizer.compiled.sizes import Opaque, Size
 from nanguard.stabilizer.compiled.terms import rebuilt
 from nanguard.stabilizer.knowledge import Known
@@ -120,7 +121,7 @@ class _Places:
             return self._places[entry]
         if isinstance(entry, Size) and entry.expression in self._dims:
             return self._dims[entry.expression]
-        if isinstance(entry, (Kept, Opaque, Part, Size)):
+        if isinstance(entry, (Kept, Opaque, Part, Remembered, Size)):
             raise Unrecognised
         return entry
 

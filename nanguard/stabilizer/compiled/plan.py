@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.distributions import utils as distributions
 
 from nanguard.algebra import Law, Rule, Spelling, Term, lookup
-from nanguard.algebra.decisions import for_logarithm, for_quotient
+from nanguard.algebra.decisions import for_logarithm, for_quotient, is_remembered
 from nanguard.algebra.families.epsilon import drop_epsilons
 from nanguard.algebra.families.saturation import without_floor
 from nanguard.stabilizer.compiled.boundary import Boundary
@@ -21,6 +21,7 @@ from nanguard.stabilizer.compiled.constants import constant_in
 from nanguard.stabilizer.compiled.frames import frames_of, is_of_subclass
 from nanguard.stabilizer.compiled.memory import Memory, example, storage_key, tensors_in
 from nanguard.stabilizer.compiled.reading import Kept, Known, Part, Reading, lawful
+from nanguard.stabilizer.compiled.remembered import Remembered, begun_anew
 from nanguard.stabilizer.compiled.settings import Settings
 from nanguard.stabilizer.resolve import misuse_table
 
@@ -89,6 +90,7 @@ class Plan:
     Attributes:
         memory: what shares memory in it.
         replacements: in the order of the graph.
+        remembered: logarithms with a long history, in the order of the graph.
         pure: nodes whose only effect is their result, so that they can go once nobody uses it.
         places: where each node stands.
     """
@@ -96,6 +98,7 @@ class Plan:
     def __init__(self, graph: fx.Graph, policy: Policy, boundary: Boundary) -> None:
         self.memory = Memory(graph)
         self.replacements: list[Replacement] = []
+        self.remembered: list[Remembered] = []
         self.pure: set[fx.Node] = set()
         self.places = {node: place for place, node in enumerate(graph.nodes)}
         self._policy = policy
@@ -175,6 +178,8 @@ class Plan:
                 continue
             if law.quotient and isinstance(value, Tensor):
                 self._quotient(node, reading, term, in_place)
+            if not in_place and isinstance(value, Tensor):
+                term = self._anew(node, term)
             self._record(result, term, reading.parents)
 
     def _term(self, reading: Reading, law: Law, place: int, results: list[Tensor]) -> Term | None:
@@ -284,6 +289,18 @@ class Plan:
         if None not in keys:
             self._known[id(value)] = Known(term, parents, id(value) in self._pinned, keys)
 
+    def _anew(self, node: fx.Node, term: Term) -> Term:
+        """The term itself, or, where it is long, one of a logarithm that is computed from it."""
+        value = example(node)
+        if not is_remembered(term) or self._policy(node) is None or self.memory.is_edited(value):
+            return term
+        values = [_example_of(leaf.value) for leaf in term.leaves]
+        if any(map(self.memory.is_edited, values)):
+            return term
+        term, remembered = begun_anew(node, term, values)
+        self.remembered += remembered
+        return term
+
     def _forget(self, node: fx.Node) -> None:
         """Forget all that depends on memory that a node writes into."""
         touched = self.memory.touched(node)
@@ -297,6 +314,8 @@ class Plan:
 
 def _example_of(value: Any) -> Any:
     """What the value of a leaf was when the graph was traced."""
+    if isinstance(value, Remembered):
+        return value.example
     if isinstance(value, Part):
         return example(value.node)[value.position]
     return example(value.node if isinstance(value, Kept) else value)
