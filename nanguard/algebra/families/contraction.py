@@ -139,6 +139,14 @@ def inner(call: Call) -> Term:
     return _product(first, second, left, second.term, (rank,))
 
 
+# sum over one dim of both
+@law("torch.linalg.vecdot(input, other, *, dim=-1)")
+def vecdot(call: Call) -> Term:
+    first, second = _Factor(call, call["input"]), _Factor(call, call["other"])
+    dim = call.dim(build.broadcast_shapes(first.term.shape, second.term.shape))
+    return _product(first, second, first.term, second.term, (dim,))
+
+
 # sum over the letters that are missing on the right
 @law("torch.einsum(equation, *operands)", quotient=True)
 def einsum(call: Call) -> Term:
