@@ -256,3 +256,52 @@ def test_probabilities_that_are_masked_out():
         loss = compiled(LOSSES["softmax"][0])(x, m)
     assert loss.isfinite()
     assert torch.autograd.grad(loss, x)[0].isfinite().all()
+
+
+def complements(x, m):
+    p = torch.sigmoid(x)
+    torch._dynamo.graph_break()
+    q, rest = p * (1 - p), torch.log(1 - p)
+    torch._dynamo.graph_break()
+    return torch.log(q) + 0 * rest
+
+
+def detached(x, m):
+    p = torch.softmax(x, -1)
+    torch._dynamo.graph_break()
+    q = p * p.detach()
+    torch._dynamo.graph_break()
+    return torch.log(q[:, 0])
+
+
+def of_either_sign(x, m):
+    d = 2 * torch.sigmoid(x) - 1
+    torch._dynamo.graph_break()
+    return torch.log(d.abs() + 1e-8) + torch.log(torch.relu(d) + 1e-6) + torch.log(d.clamp(min=1e-6)) + torch.log(d * d)
+
+
+def below_zero(x, m):
+    q, s = 1 - torch.sigmoid(x).cumsum(-1), torch.sigmoid(x) * 0.5
+    torch._dynamo.graph_break()
+    return torch.log(torch.maximum(q, s))
+
+
+def weighed(x, m):
+    q = torch.exp(x) * m
+    torch._dynamo.graph_break()
+    return (q / q.sum(-1, keepdim=True)).square()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("function", [complements, detached, of_either_sign, below_zero, weighed])
+def test_what_crosses_breaks_means_the_same(function, backend):
+    """At ordinary numbers value and derivatives are those of the code as written."""
+    outcomes = []
+    for around in (torch.enable_grad(), nanguard.stabilize()):
+        x, m = logits(1.0), MASK.float().requires_grad_()
+        with around:
+            value = compiled(function, backend)(x, m)
+        gradients = torch.autograd.grad(value.sum(), (x, m), allow_unused=True, materialize_grads=True)
+        outcomes.append((value.detach(), *gradients))
+    for plain, guarded in zip(*outcomes, strict=True):
+        torch.testing.assert_close(guarded, plain, rtol=1e-4, atol=1e-6)

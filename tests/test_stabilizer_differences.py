@@ -82,6 +82,10 @@ SUMS = {
         lambda e: (e.sum(1, keepdim=True) - e.cumsum(1))[:, :-1],
         lambda x: running(x, [range(k, 5) for k in range(1, 5)]),
     ),
+    "running backwards, those behind": (
+        lambda e: (e.flip(1).cumsum(1).flip(1) - e)[:, :-1],
+        lambda x: running(x, [(1, 2, 3, 4), (2, 3, 4), (3, 4), (4,)]),
+    ),
     "running, from there": (lambda e: (lambda c: c[:, -1] - c[:, 1])(e.cumsum(1)), lambda x: lse(x, 2, 3, 4)),
 }
 PROBABILITIES = {
@@ -240,3 +244,17 @@ def test_where_the_plain_value_is_put_in_so_is_its_derivative(first, wanted):
     result = graft(naive, (5 * x).masked_fill(lost, math.nan), torch.float32, False, torch.div, torch.log)
     torch.testing.assert_close(result.detach(), torch.tensor([5.0, math.log(8)]))
     torch.testing.assert_close(torch.autograd.grad(result.sum(), x)[0], torch.tensor(wanted))
+
+
+@pytest.mark.parametrize("of", [torch.exp, torch.sigmoid, lambda x: torch.softmax(x, 1)])
+def test_of_what_is_behind_the_last_nothing_is_left(of):
+    def run(x):
+        p = of(x)
+        return torch.log(p.flip(1).cumsum(1).flip(1) - p + 1e-10)
+
+    torch.manual_seed(0)
+    for width in range(3, 18):
+        x = torch.randn(20, width)
+        with nanguard.stabilize():
+            value = run(x)
+        torch.testing.assert_close(value.double(), run(x.double()), rtol=1e-4, atol=1e-4)

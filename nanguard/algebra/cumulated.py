@@ -95,9 +95,22 @@ def _of_whole(a: Term, b: Term, complement: Complement) -> Term | None:
             return _behind(b)
     if isinstance(a, Apply) and a.operator is ops.LOGCUMSUMEXP and not a.signed and a.args[0] == b:
         return _before(a)
+    turned = _turned(a, b)
+    if turned is not None and (found := _before(turned)) is not None:
+        return build.rearrange(ops.FLIP, (found,), a.shape, dims=(turned.params["dim"],))
     if isinstance(b, Apply) and b.operator is ops.CUMSUM and not b.signed and _is_shifted(a, b):
         return build.add(a, complement(b.args[0], 1.0))
     return None
+
+
+def _turned(a: Term, b: Term) -> Apply | None:
+    """The cumulated sum, from the last to the first, that was turned around once more; of what it is compared to."""
+    inner = a.args[0] if isinstance(a, Apply) and a.operator is ops.FLIP else None
+    if not isinstance(inner, Apply) or inner.operator is not ops.LOGCUMSUMEXP or inner.signed:
+        return None
+    source, dims = inner.args[0], (inner.params["dim"],)
+    turned = isinstance(source, Apply) and source.operator is ops.FLIP and source.args[0] == b
+    return inner if turned and a.params["dims"] == source.params["dims"] == dims else None  # type: ignore[union-attr]
 
 
 def _before(total: Apply) -> Term | None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from nanguard.algebra import Apply, Term
 from nanguard.algebra import operators as ops
 from nanguard.algebra.decisions import for_logarithm
+from nanguard.algebra.pattern import operators
+from nanguard.algebra.term import Operator
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.knowledge import Knowledge, Known
 from nanguard.stabilizer.memory import owns_memory
@@ -23,6 +25,12 @@ from nanguard.stabilizer.report import Report
 
 __all__ = ["Exchange", "is_probability"]
 
+# Inside a term these may have made a number negative, or 0 where derivatives at a weight are needed.
+_OF_EITHER_SIGN = frozenset(
+    operator.name
+    for operator in vars(ops).values()
+    if isinstance(operator, Operator) and operator.sign in ("any", "as first")
+) | {ops.DISTANCE.name, ops.CLOSENESS.name, ops.POWER.name}
 # What is looked at here is looked at by nobody else.
 _without_modes = torch._C.DisableTorchFunction
 
@@ -68,8 +76,11 @@ class Exchange:
             return None if known is None or self._knowledge.are_pinned((known,)) else known
 
     def replaces(self, known: Known) -> bool:
-        """Whether its logarithm is not computed as written."""
-        return for_logarithm(known.term, drop=self._drop) is not None
+        """Whether its logarithm, which says all, is not computed as written: a number that may be negative has more to it."""
+        term = known.term
+        if term.signed or operators(term) & _OF_EITHER_SIGN:
+            return False
+        return for_logarithm(term, drop=self._drop) is not None
 
     def logarithm(self, tensor: Tensor, odds: bool) -> Tensor | None:
         """The logarithm of such a tensor, or that of its odds p / (1 - p), as the user's code would get it."""

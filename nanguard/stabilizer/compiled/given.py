@@ -116,7 +116,7 @@ class Knowing:
             message = f"a logarithm after a graph break is left as it is: {type(error).__name__}: {error}"
             warnings.warn(message, NanGuardWarning, stacklevel=2)
             return None
-        return handing(counted(compiled, self.swaps, note), self.boundary, self.places)
+        return handing(counted(compiled, self.swaps, note), self.boundary, self.places, self.odds)
 
 
 def knowing(module: fx.GraphModule, inputs: Sequence[Any], policy: Policy) -> Knowing | None:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, fx
 
-from nanguard.algebra import Leaf, Term, Unrecognised
+from nanguard.algebra import Apply, Leaf, Term, Unrecognised, untracked
+from nanguard.algebra import operators as ops
 from nanguard.stabilizer.blocks import Block, active_blocks
 from nanguard.stabilizer.compiled.boundary import Boundary, Handed
 from nanguard.stabilizer.compiled.memory import example
@@ -142,13 +143,16 @@ class _Places:
                 self._dims.setdefault(size.node.expr, _Dim(self._places[node], dim))
 
 
-def handing(compiled: Callable[..., Any], boundary: Boundary, known: Sequence[int] = ()) -> Callable[..., Any]:
+def handing(
+    compiled: Callable[..., Any], boundary: Boundary, known: Sequence[int] = (), odds: Sequence[bool] = ()
+) -> Callable[..., Any]:
     """A compiled graph that tells the block what is known about its results.
 
     Arguments:
         compiled: the graph.
         boundary: what crosses its boundaries.
         known: places of the inputs whose logarithms it has as further inputs.
+        odds: whether these are logarithms of odds.
     """
     if not boundary.handed:
         return compiled
@@ -160,7 +164,7 @@ def handing(compiled: Callable[..., Any], boundary: Boundary, known: Sequence[in
         results = compiled(*args)
         if block is not None and None not in found:
             parents = tuple(entry for entry in found if entry is not None)
-            values = _Values(args[: len(args) - len(known)], results, parents)
+            values = _Values(args, results, parents, odds)
             with torch._C.DisableTorchFunction():
                 for place, term in handed:
                     _tell(block, results[place], term, values)
@@ -170,11 +174,12 @@ def handing(compiled: Callable[..., Any], boundary: Boundary, known: Sequence[in
 
 
 class _Values(NamedTuple):
-    """What a graph was given, what it gave, and what is known of its inputs."""
+    """What a graph was given, what it gave, and what is known of those of its inputs that the last ones are logarithms of."""
 
     inputs: Sequence[Any]
     results: Sequence[Any]
     parents: tuple[Known, ...]
+    odds: Sequence[bool]
 
     def at(self, entry: Any) -> Any:
         """The value that stands there."""
@@ -186,13 +191,33 @@ class _Values(NamedTuple):
         """A shape in this call."""
         return tuple(map(self.at, entries))
 
+    def outside(self, part: Term) -> Term | None:
+        """A logarithm that the graph was given as it is known outside; `None` for anything else."""
+        leaf = part
+        if isinstance(part, Apply) and part.operator is ops.LOG_SIGMOID:
+            leaf = part.args[0]
+        place = leaf.value.place if isinstance(leaf, Leaf) and isinstance(leaf.value, _Input) else -1
+        further = place - (len(self.inputs) - len(self.parents))
+        if further < 0 or self.odds[further] != (leaf is not part):
+            return None
+        term = self.parents[further].term
+        return term if all(found.tracked for found in leaf.leaves) else untracked(term)
+
+
+def _find(term: Term, values: _Values, whole: dict[int, Any]) -> None:
+    found = values.outside(term)
+    if found is not None:
+        whole[id(term)] = found
+    elif isinstance(term, Apply):
+        for arg in term.args:
+            _find(arg, values, whole)
+
 
 def _tell(block: Block, result: Any, term: Term, values: _Values) -> None:
     whole: dict[int, Any] = {}
+    _find(term, values, whole)
     for leaf in term.leaves:
-        further = leaf.value.place - len(values.inputs) if isinstance(leaf.value, _Input) else -1
-        if further >= 0:
-            whole[id(leaf)] = values.parents[further].term
+        if id(leaf) in whole:
             continue
         value, shape = values.at(leaf.value), values.shape(leaf.shape)
         if not isinstance(value, Tensor) or tuple(value.shape) != shape:
