@@ -26,9 +26,10 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from losses import LOSSES, Loss, Size
 from models import CASES, Case
 from overhead import machine
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 import nanguard
@@ -45,6 +47,7 @@ TURN = 5e-3  # seconds that a turn takes at least, so that clock and caches do n
 PASS = 10  # copies of the inputs that a pass may need at once, besides those of each way
 UNGUARDED, AGAIN, GUARDED, BUILT_IN = "unguarded", "unguarded, again", "guarded", "built-in"
 WAYS = (UNGUARDED, AGAIN, GUARDED, BUILT_IN)
+EMPTY = "an empty function mode"  # what any of them costs at least
 
 
 @dataclass
@@ -277,7 +280,8 @@ def of_models(names: list[str], watch: Watch, bars: Bars) -> Iterator[list[str]]
         case = CASES[name]
         torch.manual_seed(0)
         model, batch = case.build(), case.batch()
-        steps = {way: training_step(case, copy.deepcopy(model), batch, way) for way in (UNGUARDED, AGAIN, GUARDED)}
+        ways = (UNGUARDED, AGAIN, EMPTY, GUARDED)
+        steps = {way: training_step(case, copy.deepcopy(model), batch, way) for way in ways}
         times = watch.measure(steps)
         for way in steps:
             compared = ["", ""] if way == UNGUARDED else [f"{times.ratio(way):.4f}", f"{times.difference(way):+.3f}"]
@@ -286,13 +290,29 @@ def of_models(names: list[str], watch: Watch, bars: Bars) -> Iterator[list[str]]
             bars.at_most(f"idle in a step of {name}: time, to unguarded", 1.01, times.ratio(GUARDED))
 
 
+class Passing(TorchFunctionMode):
+    """Does nothing."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Pass every call on."""
+        return func(*args, **(kwargs or {}))
+
+
 def training_step(case: Case, model: nn.Module, batch: tuple[Tensor, Tensor], way: str) -> Step:
     """A step of training, the loss of which is computed inside a block, or not."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    around: Callable[[], AbstractContextManager[object]]
+    around = {GUARDED: nanguard.stabilize, EMPTY: Passing}.get(way, nullcontext)
 
     def step() -> None:
         optimizer.zero_grad()
-        with nanguard.stabilize() if way == GUARDED else nullcontext():
+        with around():
             loss = case.loss(model, batch)
         loss.backward()
         optimizer.step()
