@@ -217,6 +217,19 @@ def test_calls_in_which_nothing_is_known():
     assert torch.equal(other, torch.log(unknown).sum())
 
 
+def test_calls_in_which_something_else_is_known():
+    """The logarithm of what may be negative says less than that of a probability."""
+    after = compiled(lambda p: torch.log(torch.maximum(p, p * 0.5 + 0.1)).sum())
+    outcomes = []
+    for around in (torch.enable_grad(), nanguard.stabilize()):
+        x = logits(1.0)
+        with around:
+            p = torch.sigmoid(x)
+            outcomes.append([after(p).detach(), after(2 * p - 1).detach(), after(1 - p.cumsum(-1)).detach()])
+    for plain, guarded in zip(*outcomes, strict=True):
+        torch.testing.assert_close(guarded, plain, equal_nan=True)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_under_a_checkpoint(reentrant):
     run = compiled(LOSSES["softmax"][0])

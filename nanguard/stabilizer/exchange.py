@@ -76,16 +76,13 @@ class Exchange:
             return None if known is None or self._knowledge.are_pinned((known,)) else known
 
     def replaces(self, known: Known) -> bool:
-        """Whether its logarithm, which says all, is not computed as written: a number that may be negative has more to it."""
-        term = known.term
-        if term.signed or operators(term) & _OF_EITHER_SIGN:
-            return False
-        return for_logarithm(term, drop=self._drop) is not None
+        """Whether its logarithm says all, and is not computed as written."""
+        return not _may_be_negative(known.outline) and for_logarithm(known.term, drop=self._drop) is not None
 
     def logarithm(self, tensor: Tensor, odds: bool) -> Tensor | None:
         """The logarithm of such a tensor, or that of its odds p / (1 - p), as the user's code would get it."""
         known = self.known(tensor)
-        if known is None or (odds and not is_probability(known.outline)):
+        if known is None or _may_be_negative(known.outline) or (odds and not is_probability(known.outline)):
             return None
         with _without_modes(), self._report.muted():
             logarithm: Tensor = self._answer(torch.log, (), (tensor,))
@@ -96,6 +93,11 @@ class Exchange:
 
     def _is_alone(self) -> bool:
         return not environment.is_tracing() and self._stay.look() and self._stay.may_keep(())
+
+
+def _may_be_negative(term: Term) -> bool:
+    """Whether there is more to a number than its logarithm."""
+    return term.signed or bool(operators(term) & _OF_EITHER_SIGN)
 
 
 def is_probability(term: Term) -> bool:

@@ -126,8 +126,9 @@ def knowing(module: fx.GraphModule, inputs: Sequence[Any], policy: Policy) -> Kn
     if block is None or context is None or any(isinstance(part, fx.GraphModule) for part in module.children()):
         return None
     known: dict[int, Term] = {}
+    symbols = getattr(context, "tensor_to_context", {})
     for place, value in enumerate(inputs):
-        if isinstance(value, Tensor) and value in context.tensor_to_context:
+        if isinstance(value, Tensor) and value in symbols:
             found = block.exchange.known(value)
             if found is not None and block.exchange.replaces(found):
                 known[place] = found.term
