@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from derivatives import value_and_gradient
 
 import nanguard
 
@@ -102,13 +103,6 @@ FILLED = {
     by_masks: lsm,
     among_ones: placed,
 }
-
-
-def value_and_gradient(loss, x):
-    x = x.clone().requires_grad_()
-    value = loss(x)
-    weight = torch.linspace(0.5, 1.5, value.numel()).reshape(value.shape).to(value.dtype)
-    return value.detach(), torch.autograd.grad((value * weight).sum(), x)[0]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -7,6 +7,7 @@ import weakref
 import mpmath
 import pytest
 import torch
+from derivatives import outcome
 from torch.nn import functional as F
 
 import nanguard
@@ -190,18 +191,6 @@ def exactly(exact, points):
     return torch.tensor(values, dtype=torch.float64), torch.tensor(slopes, dtype=torch.float64)
 
 
-def run(loss, x, guard=True, compiled=False):
-    x = x.clone().requires_grad_()
-    torch._dynamo.reset()
-    if guard:
-        with nanguard.stabilize() as swaps:
-            value = (torch.compile(loss, backend="aot_eager") if compiled else loss)(x)
-        assert swaps
-    else:
-        value = loss(x)
-    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
-
-
 @pytest.mark.parametrize(
     ("dtype", "compiled"),
     [(torch.float32, False), (torch.float64, False), (torch.float32, True)],
@@ -210,7 +199,7 @@ def run(loss, x, guard=True, compiled=False):
 @pytest.mark.parametrize(("loss", "exact", "points"), CASES)
 def test_value_and_gradient_are_those_of_exact_arithmetic(loss, exact, points, dtype, compiled):
     x = torch.tensor(points, dtype=dtype)
-    found = run(loss, x, compiled=compiled)
+    found = outcome(loss, x, compiled=compiled)
     for one, other in zip(found, exactly(exact, tuple(x.tolist())), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=DTYPES[dtype], atol=1e-37)
 
@@ -219,8 +208,8 @@ def test_value_and_gradient_are_those_of_exact_arithmetic(loss, exact, points, d
 def test_few_digits_are_no_worse_than_unguarded(loss, exact, points):
     """In bfloat16 what lies between is rounded, so that exact arithmetic has another result: it is a matter of how far away."""
     x = torch.tensor(points, dtype=torch.bfloat16)
-    plain = run(loss, x, guard=False)
-    for one, other, wanted in zip(run(loss, x), plain, exactly(exact, tuple(x.tolist())), strict=True):
+    plain = outcome(loss, x, guard=False)
+    for one, other, wanted in zip(outcome(loss, x), plain, exactly(exact, tuple(x.tolist())), strict=True):
         size = wanted.abs() + 1e-2
         lost = ((one.double() - wanted).abs() / size).nan_to_num(math.inf)
         assert (lost <= ((other.double() - wanted).abs() / size).nan_to_num(math.inf).clamp(min=2e-2)).all()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from derivatives import value_and_gradient
 from torch.nn import functional as F
 
 import nanguard
@@ -133,13 +134,6 @@ CASES = {
     product_of_experts: (EXTREME, lambda x: torch.softmax(0 * x, 1)),
     twice_sigmoid: (EXTREME, torch.tanh),
 }
-
-
-def value_and_gradient(loss, x):
-    x = x.clone().requires_grad_()
-    value = loss(x)
-    weight = torch.linspace(0.5, 1.5, value.numel()).reshape(value.shape).to(value.dtype)
-    return value.detach(), torch.autograd.grad((value * weight).sum(), x)[0]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

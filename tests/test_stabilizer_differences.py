@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from derivatives import outcome
 from torch.nn import functional as F
 
 import nanguard
@@ -143,19 +144,6 @@ CASES = [
     )
     for name, (function, exact) in cases.items()
 ]
-
-
-def outcome(function, x, guard=True, compiled=False):
-    x = x.clone().requires_grad_()
-    if compiled:
-        torch._dynamo.reset()
-    if guard:
-        with nanguard.stabilize() as swaps:
-            value = (torch.compile(function, backend="aot_eager") if compiled else function)(x)
-        assert swaps
-    else:
-        value = function(x)
-    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -7,35 +7,13 @@ that, and would multiply them by exponentials that have overflowed: 0 * inf. So 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from nanguard.stabilizer.compiled.reading import lawful
+from nanguard.stabilizer.exponentials import exponential
 
 __all__ = ["protect"]
-
-
-class _Exponential(torch.autograd.Function):
-    """The exponential, whose derivative is 0 wherever 0 arrives."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        result = torch.exp(x)
-        ctx.save_for_backward(result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (result,) = ctx.saved_tensors
-        return torch.where(grad == 0, grad, grad * result)
-
-
-def exponential(x: Tensor) -> Tensor:
-    """What stands in the graph."""
-    value: Tensor = _Exponential.apply(x)  # type: ignore[no-untyped-call]
-    return value
 
 
 def protect(graph: fx.Graph, places: Iterable[int]) -> None:
