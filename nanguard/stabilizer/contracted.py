@@ -19,7 +19,7 @@ from nanguard.algebra import operators as ops
 from nanguard.stabilizer import environment
 from nanguard.stabilizer.scaled import Scaled
 
-__all__ = ["contraction", "is_contraction", "may_look"]
+__all__ = ["contraction", "is_contraction", "may_contract"]
 
 # Fewer products are laid out in no time.
 _MANY = 1 << 12
@@ -37,11 +37,9 @@ def is_contraction(term: Term) -> bool:
     return any(math.prod(factor.shape) < math.prod(products.shape) for factor in products.args)
 
 
-def may_look(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether numbers may decide how something is computed: not under checkpoints, nor where a device would be waited for."""
-    if device.type != "cpu" or dtype not in _DTYPES or torch.get_float32_matmul_precision() != "highest":
-        return False
-    return not environment.is_surrounded() and not environment.has_hooks_of_saved_tensors()
+def may_contract(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix products keep all digits, and it can be seen whether these are enough."""
+    return dtype in _DTYPES and torch.get_float32_matmul_precision() == "highest" and environment.may_look(device)
 
 
 def contraction(a: Scaled, b: Scaled, shape: tuple[int, ...], dims: tuple[int, ...], keepdim: bool) -> Scaled | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["has_hooks_of_saved_tensors", "in_transform", "is_surrounded", "is_tracing", "result_dtype"]
+__all__ = ["has_hooks_of_saved_tensors", "in_transform", "is_surrounded", "is_tracing", "may_look", "result_dtype"]
 
 # Asked in every call that anything is known about.
 _tracing_state = torch._C._get_tracing_state
@@ -45,6 +45,11 @@ def in_transform() -> bool:
 def has_hooks_of_saved_tensors() -> bool:
     """Whether what nodes save goes through hooks: a checkpoint, or one that offloads, may be asked for it only once."""
     return _top_hooks(True) is not None
+
+
+def may_look(device: torch.device) -> bool:
+    """Whether numbers may decide how something is computed: not under checkpoints, nor where a device would be waited for."""
+    return device.type == "cpu" and not is_surrounded() and not has_hooks_of_saved_tensors()
 
 
 def result_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ from nanguard.algebra.build import negate
 from nanguard.algebra.decisions import stem
 from nanguard.algebra.pattern import constant_of, core, is_sum
 from nanguard.stabilizer import scaled
-from nanguard.stabilizer.contracted import contraction, is_contraction, may_look
+from nanguard.stabilizer.contracted import contraction, is_contraction, may_contract
 from nanguard.stabilizer.digits import Digits
 from nanguard.stabilizer.exponents import is_differentiated
 from nanguard.stabilizer.functional import exponential, sigmoid
@@ -208,7 +208,11 @@ class _Evaluation:
     def _contraction(self, term: Apply) -> Scaled | None:
         """A total of products in one go, where that can be had."""
         # In this order: in code that is compiled, sizes may be symbols.
-        if term.operator is not ops.LOGSUMEXP or not may_look(self._dtype, self._device) or not is_contraction(term):
+        if (
+            term.operator is not ops.LOGSUMEXP
+            or not may_contract(self._dtype, self._device)
+            or not is_contraction(term)
+        ):
             return None
         products = term.args[0]
         assert isinstance(products, Apply)

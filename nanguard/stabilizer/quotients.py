@@ -120,11 +120,11 @@ class Quotients:
 
 def _may_take_its_memory(naive: Tensor, stable: Tensor, dtype: torch.dtype) -> bool:
     """Whether a large quotient, which nobody has seen yet, may be overwritten: then no more memory need be had for another."""
-    if naive.numel() < LARGE or naive.dtype != dtype or stable.dtype != dtype or not naive.is_cpu:
+    if naive.numel() < LARGE or naive.dtype != dtype or stable.dtype != dtype:
         return False
     if type(naive.grad_fn).__name__ not in _SAVE_NO_RESULT or naive._base is not None:
         return False
-    if environment.is_surrounded() or environment.has_hooks_of_saved_tensors():
+    if not environment.may_look(naive.device):
         return False
     return torch.is_grad_enabled() and stable.requires_grad and math.isfinite(stable.detach().sum().item())
 

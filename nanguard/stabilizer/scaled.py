@@ -285,7 +285,7 @@ def number(value: Scaled) -> Tensor:
 
 def _is_below_overflow(log: Tensor) -> bool:
     """Whether no exponential is inf, where that can be asked."""
-    if not log.is_cpu or not log.numel() or environment.is_surrounded() or environment.has_hooks_of_saved_tensors():
+    if not log.numel() or not environment.may_look(log.device):
         return False
     return log.detach().amax().item() < math.log(torch.finfo(log.dtype).max)
 
